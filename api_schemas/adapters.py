@@ -1,0 +1,72 @@
+"""Adapters and their immutable versions."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from api_schemas.base import AdapterName, ModelName, Request, Response
+from api_schemas.jobs import StepMetrics
+from api_schemas.training import LoraSettings, TrainingSettings
+
+
+class AdapterCreate(Request):
+    name: AdapterName
+    base_model: ModelName | None = None
+    """Defaults to the model that the engine serves."""
+    lora: LoraSettings = LoraSettings()
+    training: TrainingSettings = TrainingSettings()
+
+
+class Promote(Request):
+    version: Annotated[int, Field(ge=0)]
+    """0 is the base model itself."""
+
+
+class Adapter(Response):
+    id: str
+    object: Literal["adapter"] = "adapter"
+    name: str
+    base_model: str
+    live_version: int
+    """What `model: name` is answered by; 0 = the base model."""
+    head_version: int
+    """What the next batch is trained from."""
+    queued_jobs: int
+    lora: LoraSettings
+    training: TrainingSettings
+    created_at: int
+
+
+class AdapterDeleted(Response):
+    id: str
+    object: Literal["adapter.deleted"] = "adapter.deleted"
+    name: str
+    deleted: bool = True
+
+
+VersionStatus = Literal["pending", "published", "rejected"]
+
+
+class Version(Response):
+    object: Literal["adapter.version"] = "adapter.version"
+    adapter: str
+    version: int
+    parent: int
+    """0 = trained from the base model."""
+    status: VersionStatus
+    live: bool
+    digest: str
+    """`sha256:` over the version's files."""
+    size_bytes: int
+    """Of the PEFT directory."""
+    batch_ids: list[str]
+    feedback_ids: list[str]
+    standing_feedback: list[str]
+    """Remarks that the next batch's teacher is told besides the new ones, oldest first."""
+    training: dict[str, Any]
+    seed: int
+    metrics: list[StepMetrics] = []
+    rejection: str | None = None
+    created_at: int

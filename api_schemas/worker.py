@@ -1,0 +1,120 @@
+"""What service and worker say to each other. A worker holds a URL and a token, never the database."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints
+
+from api_schemas.base import Identifier, ModelName, Request, Response
+from api_schemas.jobs import JobError, JobProgress, StepMetrics
+from api_schemas.training import LoraSettings, ResolvedTraining
+
+FileName = Annotated[str, StringConstraints(pattern=r"^(adapter|trainer)/[A-Za-z0-9_.-]{1,64}\Z")]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}\Z")]
+
+
+class LeaseRequest(Request):
+    worker_id: Identifier
+    base_model: ModelName
+    """The base that this worker holds; it gets jobs of that base alone."""
+    wait_seconds: Annotated[float, Field(ge=0, le=30)] = 0.0
+    """How long the service may hold the request until there is work."""
+
+
+class LeasedItem(Response):
+    """One answer with the remark on it. Token ids are the engine's own; None means the text never had any."""
+
+    id: str
+    messages: list[dict[str, str]]
+    response: str
+    prompt_token_ids: list[int] | None
+    response_token_ids: list[int] | None
+    behaviour_logprobs: list[float] | None
+    """One per response token, natural log; None: the worker computes them and says so."""
+    version: int | None
+    """The version that answered; None for text from elsewhere."""
+    feedback: str
+    demonstration: str | None
+    standing: bool
+
+
+class ParentVersion(Response):
+    version: int
+    uri: str
+    """Directory below the adapters root: `<adapter id>/<run id>`."""
+    digest: str
+
+
+class Lease(Response):
+    run_id: str
+    token: int
+    """Fencing token: grows with every lease of the adapter; an older one can change nothing."""
+    lease_seconds: float
+    adapter_id: str
+    adapter: str
+    base_model: str
+    lora: LoraSettings
+    training: ResolvedTraining
+    seed: int
+    parent: ParentVersion | None
+    standing_feedback: list[str]
+    """Of the parent version, oldest first."""
+    batch_ids: list[str]
+    items: list[LeasedItem]
+
+
+class Heartbeat(Request):
+    token: int
+    progress: JobProgress | None = None
+    metrics: Annotated[list[StepMetrics], Field(max_length=256)] = []
+    """Steps since the last heartbeat; sending one again is harmless."""
+
+
+class HeartbeatReply(Response):
+    lease_seconds: float
+    cancelled: bool = False
+    """True: stop, the lease is over."""
+
+
+class FileEntry(Request):
+    name: FileName
+    size: Annotated[int, Field(ge=0)]
+    sha256: Sha256
+
+
+class ItemReport(Request):
+    """How one feedback item was used."""
+
+    id: Identifier
+    behaviour: Literal["engine", "recomputed"]
+    taught: bool
+    response_tokens: Annotated[int, Field(ge=0)]
+
+
+class CommitRequest(Request):
+    token: int
+    uri: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}/[A-Za-z0-9_-]{1,64}\Z")]
+    files: Annotated[list[FileEntry], Field(min_length=2, max_length=16)]
+    standing_feedback: Annotated[list[str], Field(max_length=256)]
+    metrics: Annotated[list[StepMetrics], Field(max_length=1024)]
+    items: Annotated[list[ItemReport], Field(max_length=4096)] = []
+    training_seconds: Annotated[float, Field(ge=0)]
+
+
+class CommitReply(Response):
+    version: int
+    digest: str
+
+
+class FailRequest(Request):
+    token: int
+    error: JobError
+    retryable: bool
+    """False: trying again cannot help (bad input, not a broken machine)."""
+
+
+class ReleaseRequest(Request):
+    """Give the lease back unused, e.g. at shutdown: the job is queued again and no attempt is counted."""
+
+    token: int
