@@ -38,7 +38,7 @@ Text = Annotated[str, StringConstraints(max_length=MAX_TEXT), AfterValidator(_st
 Remark = Annotated[
     str, StringConstraints(min_length=1, max_length=MAX_REMARK), AfterValidator(_storable), AfterValidator(_not_blank)
 ]
-AdapterName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}\Z")]
+AdapterName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
 ModelName = Annotated[str, StringConstraints(min_length=1, max_length=256), AfterValidator(_storable)]
-Identifier = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")]
-IdempotencyKey = Annotated[str, StringConstraints(pattern=r"^[\x21-\x7e]{1,255}\Z")]
+Identifier = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+IdempotencyKey = Annotated[str, StringConstraints(pattern=r"^[\x21-\x7e]{1,255}$")]

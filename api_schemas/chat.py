@@ -20,7 +20,7 @@ class TextPart(Request):
 class ChatMessage(Request):
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=64)]
-    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}\Z")] | None = None
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")] | None = None
 
     def plain(self) -> dict[str, str]:
         """Role and text alone: what the chat template sees and what is stored."""

@@ -105,7 +105,7 @@ def resolve(adapter: TrainingSettings, batch: TrainingSettings | None = None) ->
     return ResolvedTraining(preset=preset, **(preset_values(preset) | overrides))
 
 
-ModuleName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]{1,64}\Z")]
+ModuleName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]{1,64}$")]
 
 
 class LoraSettings(Request):

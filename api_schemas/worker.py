@@ -10,8 +10,8 @@ from api_schemas.base import Identifier, ModelName, Request, Response
 from api_schemas.jobs import JobError, JobProgress, StepMetrics
 from api_schemas.training import LoraSettings, ResolvedTraining
 
-FileName = Annotated[str, StringConstraints(pattern=r"^(adapter|trainer)/[A-Za-z0-9_.-]{1,64}\Z")]
-Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}\Z")]
+FileName = Annotated[str, StringConstraints(pattern=r"^(adapter|trainer)/[A-Za-z0-9_.-]{1,64}$")]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
 class LeaseRequest(Request):
@@ -94,7 +94,7 @@ class ItemReport(Request):
 
 class CommitRequest(Request):
     token: int
-    uri: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}/[A-Za-z0-9_-]{1,64}\Z")]
+    uri: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}/[A-Za-z0-9_-]{1,64}$")]
     files: Annotated[list[FileEntry], Field(min_length=2, max_length=16)]
     standing_feedback: Annotated[list[str], Field(max_length=256)]
     metrics: Annotated[list[StepMetrics], Field(max_length=1024)]
