@@ -1,0 +1,117 @@
+"""The database: transactions that either hold on disk or did not happen.
+
+SQLite runs with WAL and `synchronous=FULL` (an acknowledged write survives a power cut) on the SQLite that the
+`pysqlite3` wheel bundles: builds before 3.51.3 can corrupt a WAL when two connections write or checkpoint at once, so
+on such a build the rollback journal is used instead.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+from sqlalchemy import Engine, Float, create_engine, event, select
+from sqlalchemy.engine import Connection, make_url
+from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.orm import Session
+from sqlalchemy.sql.functions import GenericFunction
+
+from service.errors import Unavailable
+
+try:
+    from pysqlite3 import dbapi2 as sqlite
+except ImportError:  # no wheel for this platform
+    import sqlite3 as sqlite
+
+WAL_SAFE_SINCE = (3, 51, 3)
+
+
+class db_now(GenericFunction[float]):  # noqa: N801 - reads as the SQL function that it is
+    """The database's own clock, Unix seconds: clocks of workers and services do not count."""
+
+    type = Float()
+    inherit_cache = True
+
+
+@compiles(db_now, "sqlite")
+def _sqlite_now(*_: Any, **__: Any) -> str:
+    return "((julianday('now') - 2440587.5) * 86400.0)"
+
+
+@compiles(db_now, "postgresql")
+def _postgresql_now(*_: Any, **__: Any) -> str:
+    return "extract(epoch from clock_timestamp())::float8"
+
+
+def clock(session: Session) -> float:
+    """The database's time, Unix seconds."""
+    return session.execute(select(db_now())).scalar_one()
+
+
+def journal_mode() -> str:
+    """`wal` where this SQLite build is safe with it, else `truncate`."""
+    return "wal" if tuple(sqlite.sqlite_version_info) >= WAL_SAFE_SINCE else "truncate"
+
+
+class Database:
+    """Hands out sessions; a write session holds the only write lock there is."""
+
+    def __init__(self, url: str) -> None:
+        self._is_sqlite = make_url(url).get_backend_name() == "sqlite"
+        self.engine = _sqlite_engine(url) if self._is_sqlite else create_engine(url, pool_pre_ping=True)
+        # SQLite admits one writer: queue here instead of spinning in its busy handler.
+        self._writer: AbstractContextManager[Any] = threading.Lock() if self._is_sqlite else nullcontext()
+
+    @contextmanager
+    def read(self) -> Iterator[Session]:
+        """One consistent snapshot."""
+        with _mapped_errors(), self.engine.connect() as connection, Session(connection) as session:
+            yield session
+
+    @contextmanager
+    def write(self) -> Iterator[Session]:
+        """One transaction: committed, on disk, when the block ends without an exception."""
+        with _mapped_errors(), self._writer, self.engine.connect() as raw:
+            connection = raw.execution_options(begin="IMMEDIATE")
+            with Session(connection, expire_on_commit=False) as session, session.begin():
+                yield session
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+
+@contextmanager
+def _mapped_errors() -> Iterator[None]:
+    """A dead, locked or full database is 503, not a stack trace."""
+    try:
+        yield
+    except OperationalError as error:
+        raise Unavailable(
+            "The database does not answer; try again.", code="database_unavailable", retry_after=2
+        ) from error
+    except DBAPIError as error:
+        if error.connection_invalidated:
+            raise Unavailable(
+                "The database went away; try again.", code="database_unavailable", retry_after=2
+            ) from error
+        raise
+
+
+def _sqlite_engine(url: str) -> Engine:
+    engine = create_engine(url, module=sqlite, connect_args={"timeout": 30, "check_same_thread": False})
+
+    @event.listens_for(engine, "connect")
+    def _configure(connection: Any, _record: Any) -> None:
+        connection.isolation_level = None  # we say BEGIN ourselves
+        for pragma in (f"journal_mode={journal_mode()}", "synchronous=FULL", "foreign_keys=ON"):
+            connection.execute(f"PRAGMA {pragma}")
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        mode = connection.get_execution_options().get("begin", "DEFERRED")
+        connection.exec_driver_sql(f"BEGIN {mode}")
+
+    return engine

@@ -1,0 +1,121 @@
+"""API keys: `pk_<public id>_<secret>_<checksum>`; only a keyed digest of the whole is stored."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import re
+import secrets
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from service.db.engine import clock
+from service.db.tables import ApiKey, Tenant
+from service.errors import BadRequest, NotFound
+from service.store.ids import new_id
+
+CLIENT_SCOPES = frozenset({"chat", "feedback:write", "jobs:read", "jobs:write", "adapters:read", "adapters:write"})
+WORKER_SCOPES = frozenset({"worker"})
+DEFAULT_TENANT = "default"
+_SHAPE = re.compile(r"pk_([0-9a-f]{16})_([0-9a-f]{64})_([0-9a-f]{8})")
+
+
+@dataclass(frozen=True)
+class Principal:
+    """Who is calling."""
+
+    key_id: str
+    tenant_id: str | None
+    scopes: frozenset[str]
+
+
+def server_secret(path: Path) -> bytes:
+    """The pepper of the key digests: 32 bytes, made at first use, readable by the owner alone."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return bytes.fromhex(path.read_text().strip())
+    secret = secrets.token_bytes(32)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secret.hex())
+        file.flush()
+        os.fsync(file.fileno())
+    return secret
+
+
+class KeyRing:
+    """Makes and checks keys. Digest: HMAC-SHA256 of the whole key under the server's secret."""
+
+    def __init__(self, secret: bytes) -> None:
+        self._secret = secret
+
+    def digest(self, key: str) -> str:
+        return hmac.new(self._secret, key.encode(), hashlib.sha256).hexdigest()
+
+    def create(
+        self, s: Session, *, tenant: str | None, name: str, scopes: Iterable[str], expires_in: float | None = None
+    ) -> str:
+        """Store a new key and return it: the only time that it is seen. `tenant` is a name; None for workers."""
+        wanted = frozenset(scopes)
+        if unknown := wanted - CLIENT_SCOPES - WORKER_SCOPES:
+            raise BadRequest(f"Unknown scopes: {', '.join(sorted(unknown))}.", param="scopes")
+        public, now = secrets.token_hex(8), clock(s)
+        body = f"pk_{public}_{secrets.token_hex(32)}"
+        key = f"{body}_{zlib.crc32(body.encode()):08x}"
+        s.add(
+            ApiKey(
+                id=public,
+                tenant_id=tenant_id(s, tenant) if tenant is not None else None,
+                name=name,
+                scopes=sorted(wanted),
+                digest=self.digest(key),
+                created_at=now,
+                expires_at=now + expires_in if expires_in is not None else None,
+            )
+        )
+        return key
+
+    def check(self, s: Session, key: str) -> Principal | None:
+        """The key's owner, or None: malformed, unknown, expired and revoked keys look alike."""
+        match = _SHAPE.fullmatch(key)
+        if match is None:
+            return None
+        row = s.get(ApiKey, match[1])
+        known = row.digest if row is not None else "0" * 64
+        if not hmac.compare_digest(known, self.digest(key)) or row is None:
+            return None
+        if row.revoked_at is not None or (row.expires_at is not None and row.expires_at <= clock(s)):
+            return None
+        return Principal(row.id, row.tenant_id, frozenset(row.scopes))
+
+
+def tenant_id(s: Session, name: str) -> str:
+    """The tenant's id; made at first use."""
+    found = s.scalar(select(Tenant.id).where(Tenant.name == name))
+    if found is not None:
+        return found
+    tenant = Tenant(id=new_id("ten"), name=name, created_at=clock(s))
+    s.add(tenant)
+    s.flush()
+    return tenant.id
+
+
+def revoke(s: Session, public_id: str) -> None:
+    row = s.get(ApiKey, public_id)
+    if row is None:
+        raise NotFound("No such key.", code="key_not_found")
+    row.revoked_at = clock(s)
+
+
+def listing(s: Session) -> list[tuple[ApiKey, str | None]]:
+    """Every key with its tenant's name."""
+    rows = s.execute(
+        select(ApiKey, Tenant.name).outerjoin(Tenant, ApiKey.tenant_id == Tenant.id).order_by(ApiKey.created_at)
+    )
+    return [(key, name) for key, name in rows]

@@ -1,0 +1,89 @@
+"""Versions: look-up, the publisher's verdict, and what their clients see."""
+
+from __future__ import annotations
+
+from sqlalchemy import select, update
+from sqlalchemy.orm import Session
+
+import api_schemas.adapters as wire
+from api_schemas.jobs import StepMetrics
+from service.db.engine import clock
+from service.db.tables import Adapter, Application, Item, Job, Version
+from service.errors import NotFound, Unprocessable
+from service.store.adapters import fence
+
+
+def get(s: Session, adapter: Adapter, n: int) -> Version:
+    version = s.get(Version, (adapter.id, n))
+    if version is None:
+        raise NotFound(f"Adapter '{adapter.name}' has no version {n}.", code="version_not_found", param="version")
+    return version
+
+
+def servable(s: Session, adapter: Adapter, n: int) -> Version:
+    """Like `get`, but refuses a version that the engine refused."""
+    version = get(s, adapter, n)
+    if version.status == "rejected":
+        raise Unprocessable(f"Version {n} was rejected: {version.rejection}", code="version_rejected", param="version")
+    return version
+
+
+def listing(s: Session, adapter: Adapter, after: int | None, limit: int) -> tuple[list[Version], bool]:
+    """Oldest first; True when there are more."""
+    query = select(Version).where(Version.adapter_id == adapter.id, Version.n > (after or 0))
+    rows = list(s.scalars(query.order_by(Version.n).limit(limit + 1)))
+    return rows[:limit], len(rows) > limit
+
+
+def reject(s: Session, adapter_id: str, n: int, reason: str) -> None:
+    """The engine refuses this version for good: the head goes back to what is served, its jobs are reported failed."""
+    now = clock(s)
+    s.execute(
+        update(Version)
+        .where(Version.adapter_id == adapter_id, Version.n == n)
+        .values(status="rejected", rejection=reason)
+    )
+    applied = select(Application.job_id).where(Application.adapter_id == adapter_id, Application.version_n == n)
+    s.execute(
+        update(Job)
+        .where(Job.id.in_(applied))
+        .values(state="failed", error={"code": "version_rejected", "message": reason}, finished_at=now)
+    )
+    adapter = s.get_one(Adapter, adapter_id)
+    if adapter.head_n == n:
+        running = adapter.lease_run
+        if running is not None:
+            s.execute(update(Job).where(Job.run_id == running, Job.state == "running").values(state="queued"))
+        fence(s, adapter, now, "superseded")
+        adapter.head_n = adapter.live_n
+
+
+def feedback_of(s: Session, version: Version) -> tuple[list[str], list[str]]:
+    """Ids of the batches and of the items that this version learnt from."""
+    jobs = select(Application.job_id).where(
+        Application.adapter_id == version.adapter_id, Application.version_n == version.n
+    )
+    batches = list(s.scalars(select(Job.batch_id).where(Job.id.in_(jobs)).order_by(Job.seq)))
+    items = s.scalars(select(Item.id).where(Item.batch_id.in_(batches)).order_by(Item.batch_id, Item.position))
+    return batches, list(items)
+
+
+def view(s: Session, adapter: Adapter, version: Version) -> wire.Version:
+    batches, items = feedback_of(s, version)
+    return wire.Version(
+        adapter=adapter.name,
+        version=version.n,
+        parent=version.parent_n,
+        status="rejected" if version.status == "rejected" else "published" if version.published_at else "pending",
+        live=adapter.live_n == version.n,
+        digest=version.digest,
+        size_bytes=version.size_bytes,
+        batch_ids=batches,
+        feedback_ids=items,
+        standing_feedback=version.standing,
+        training=version.training,
+        seed=version.seed,
+        metrics=[StepMetrics.model_validate(m) for m in version.metrics],
+        rejection=version.rejection,
+        created_at=int(version.created_at),
+    )
