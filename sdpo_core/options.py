@@ -1,0 +1,212 @@
+"""Every choice of the algorithm as one frozen record of orthogonal options, and presets for published systems.
+
+Bounds are checked when the record is made. Combinations that train nothing or are known to collapse are refused with
+the option's name and the reason; `Options.cautions` names those that are merely risky.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from types import MappingProxyType
+from typing import Any, get_args
+
+from sdpo_core.aggregation import Aggregation
+from sdpo_core.divergence import DivergenceSpec, Outside, Support
+from sdpo_core.errors import OptionError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Settings of one batch. The defaults are what our own measurements favour (docs/algorithm.md)."""
+
+    alpha: float = 0.0
+    """Weight of the teacher in the mixture: 0 forward KL(T||S), 1 reverse KL(S||T), between: generalised JSD."""
+    support: Support = "teacher"
+    """Tokens compared: the teacher's top K, the student's top K, the full vocabulary, the sampled token."""
+    top_k: int | None = 100
+    """K of the top-K supports. With `sampled`: None = exact, K = `sampled_floor` outside the teacher's top K."""
+    outside: Outside = "tail"
+    """Mass outside the top K: one extra bucket, or both sides renormalised."""
+    sampled_floor: float = -20.0
+    """Teacher log-prob given to a sampled token outside the teacher's top K (support `sampled` with a K only)."""
+
+    is_clip: float | None = 2.0
+    """Upper clip of the importance ratio; None = no ratio."""
+    refresh: bool = True
+    """After each step the new weights count as the behaviour policy, so the ratio is 1 from step 2 on. False: the
+    ratio stays relative to the rollout."""
+    teacher_mix: float = 0.0
+    """Share of the current adapter in the teacher's raw logits, fixed at the start of the batch: 0 = frozen base,
+    1 = the current version, between: trust region."""
+    base_kl_weight: float = 0.0
+    """Weight of the k3 anchor to the base model on the plain prompt."""
+    aggregation: Aggregation = "token-mean"
+    """How token losses become one number (sdpo_core.aggregation)."""
+
+    steps: int = 4
+    """Optimizer steps per batch at most, 1 to 64."""
+    stop_gap: float = 0.01
+    """Stop before an update once the teacher-student gap (nats per response token) is below this. 0 = never."""
+    stop_gap_ratio: float = 0.0
+    """Stop as well once the gap is below this share of the gap at step 1. 0 = never."""
+    micro_batch_tokens: int = 8192
+    """Padded student tokens (rows x longest row) per forward pass; one sample at least."""
+
+    learning_rate: float = 2e-3
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    """Gradients are scaled to this global norm at most; the reported norm is the one before."""
+    measure_base_kl: bool = True
+    """Report the k3 distance to the base even when `base_kl_weight` is 0 (one extra forward pass per batch)."""
+
+    def __post_init__(self) -> None:
+        _check_names(self)
+        _check_bounds(self)
+        _check_combinations(self)
+
+    @property
+    def divergence(self) -> DivergenceSpec:
+        return DivergenceSpec(self.alpha, self.support, self.top_k, self.outside, self.sampled_floor)
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether the base model must score the plain prompts."""
+        return self.base_kl_weight > 0 or self.measure_base_kl
+
+    @property
+    def cautions(self) -> tuple[str, ...]:
+        """Known risks of these settings, in words; empty for the presets."""
+        found = []
+        if self.teacher_mix > 0.5:
+            found.append("teacher_mix: a teacher that follows the student can drift with it until content collapses")
+        if 0 < self.alpha < 1:
+            found.append("alpha: a mixture has almost no gradient on tokens the student gives no probability")
+        if self.support == "sampled":
+            found.append("support: a sampled-token loss cannot raise tokens that the student never samples")
+        return tuple(found)
+
+    def replace(self, **changes: Any) -> Options:
+        """A copy with some options changed, checked again."""
+        return replace(self, **changes)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, fit for JSON; `Options.from_dict` takes them back."""
+        return {**asdict(self), "betas": list(self.betas)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Options:
+        """Options from plain values; an unknown name is an error that names it."""
+        known = {f.name for f in fields(cls)}
+        for name in values:
+            if name not in known:
+                raise OptionError(name, "there is no such option")
+        given = dict(values)
+        if "betas" in given:
+            given["betas"] = tuple(given["betas"])
+        return cls(**given)
+
+
+def _check_names(o: Options) -> None:
+    choices = (("support", Support), ("outside", Outside), ("aggregation", Aggregation))
+    for name, literal in choices:
+        if getattr(o, name) not in get_args(literal):
+            raise OptionError(name, f"must be one of {', '.join(get_args(literal))}")
+
+
+def _check_bounds(o: Options) -> None:
+    _within("alpha", o.alpha, 0.0, 1.0)
+    _within("sampled_floor", o.sampled_floor, -100.0, 0.0)
+    _within("teacher_mix", o.teacher_mix, 0.0, 1.0)
+    _within("base_kl_weight", o.base_kl_weight, 0.0, 1e3)
+    _within("steps", o.steps, 1, 64)
+    _within("stop_gap", o.stop_gap, 0.0, 1e3)
+    _within("stop_gap_ratio", o.stop_gap_ratio, 0.0, 0.99)
+    _within("micro_batch_tokens", o.micro_batch_tokens, 1, 1 << 24)
+    _within("learning_rate", o.learning_rate, 1e-9, 1.0, "a rate of 0 trains nothing")
+    _within("weight_decay", o.weight_decay, 0.0, 1.0)
+    _within("max_grad_norm", o.max_grad_norm, 1e-6, 1e6)
+    _within("eps", o.eps, 1e-16, 1.0)
+    for beta in o.betas:
+        _within("betas", beta, 0.0, 0.99999)
+    if o.is_clip is not None:
+        _within("is_clip", o.is_clip, 1.0, 1e6, "a clip below 1 scales down text that is on-policy")
+    if o.top_k is not None:
+        _within("top_k", o.top_k, 1, 1 << 20)
+
+
+def _check_combinations(o: Options) -> None:
+    if o.support in ("teacher", "student") and o.top_k is None:
+        raise OptionError("top_k", f"support '{o.support}' needs a number of tokens")
+    if o.support == "sampled" and o.alpha != 1.0:
+        raise OptionError("alpha", "the sampled-token loss is an estimator of the reverse KL: alpha must be 1")
+    if o.support in ("teacher", "student") and o.outside == "renormalise":
+        if o.top_k == 1:
+            raise OptionError("top_k", "trains nothing: one token renormalised has probability 1 on both sides")
+        if o.support == "teacher" and o.alpha == 0.0:
+            raise OptionError(
+                "outside",
+                "renormalised over the teacher's top K, alpha 0 is either identically zero (CLaaS's formula) or leaves "
+                "the student's mass outside the top K free to grow; use outside='tail'",
+            )
+    if o.support == "student" and o.alpha == 0.0:
+        raise OptionError(
+            "support",
+            "alpha 0 on the student's own top K collapses to empty answers: what the teacher wants is not in it; "
+            "use support='teacher'",
+        )
+
+
+def _within(name: str, value: float, low: float, high: float, why: str = "") -> None:
+    if not (math.isfinite(value) and low <= value <= high):
+        raise OptionError(name, f"{value} is outside [{low:g}, {high:g}]" + (f"; {why}" if why else ""))
+
+
+def claas(alpha: float = 0.5, **changes: Any) -> Options:
+    """CLaaS (main): teacher's top 100 renormalised, ratio clipped at 5, frozen base, mean over samples of token means.
+
+    alpha 1 is their sampled-token branch; alpha 0 is refused, their loss is identically zero there.
+    """
+    values: dict[str, Any] = {
+        "alpha": alpha,
+        "support": "sampled" if alpha == 1.0 else "teacher",
+        "top_k": 100,
+        "outside": "renormalise",
+        "is_clip": 5.0,
+        "refresh": True,
+        "aggregation": "seq-mean-token-mean",
+        "steps": 1,
+        "stop_gap": 0.0,
+        "learning_rate": 3e-5,
+        "betas": (0.9, 0.999),
+        "weight_decay": 0.01,
+    }
+    return Options(**{**values, **changes})
+
+
+def lasgroup(alpha: float = 0.5, **changes: Any) -> Options:
+    """lasgroup/SDPO (actor.yaml): student's top 100 with a tail bucket, clip 2, token mean, trust-region teacher.
+
+    Their other teacher, a moving average of the student's weights, is not among the options yet.
+    """
+    values: dict[str, Any] = {
+        "alpha": alpha,
+        "support": "student",
+        "top_k": 100,
+        "outside": "tail",
+        "is_clip": 2.0,
+        "refresh": True,
+        "teacher_mix": 0.05,
+        "steps": 1,
+        "stop_gap": 0.0,
+        "learning_rate": 1e-5,
+        "betas": (0.9, 0.999),
+        "weight_decay": 0.01,
+    }
+    return Options(**{**values, **changes})
+
+
+PRESETS: Mapping[str, Options] = MappingProxyType({"default": Options(), "claas": claas(), "lasgroup": lasgroup()})
