@@ -19,6 +19,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from sdpo_core.errors import AdapterError
 from sdpo_core.samples import TokenBatch
@@ -95,7 +96,7 @@ def attach_lora(base: nn.Module, spec: LoraSpec) -> LoraPolicy:
 
 def linear_names(base: nn.Module) -> list[str]:
     """Last name parts of all linear layers except the output head, sorted."""
-    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    head = base.get_output_embeddings() if isinstance(base, PreTrainedModel) else None
     linear = {n.rsplit(".", 1)[-1] for n, m in base.named_modules() if isinstance(m, nn.Linear) and m is not head}
     return sorted(linear)
 
@@ -124,7 +125,7 @@ def load_lora(base: nn.Module, directory: Path) -> LoraPolicy:
 
 def _wrap(base: nn.Module, config: PeftConfig) -> PeftModel:
     config.inference_mode = False  # a saved adapter says True; here it is loaded to be trained
-    config.base_model_name_or_path = getattr(base, "name_or_path", None)  # ours to vouch for, peft would warn
+    config.base_model_name_or_path = None  # the caller vouches for the base; peft would warn of another spelling
     with warnings.catch_warnings():
         # peft 0.21 reads a property that transformers 5.23 has renamed.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
