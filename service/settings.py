@@ -23,6 +23,8 @@ class Settings(BaseSettings):
 
     model_dir: Path | None = None
     """The base model's directory: its weights' headers say which adapters fit."""
+    base_model: str | None = None
+    """The name under which the engine serves the base; by default the name of `model_dir`."""
     engine_url: str = "http://127.0.0.1:8701"
     engine_api_key: SecretStr | None = None
     engine_timeout: Annotated[float, Field(gt=0)] = 300.0
@@ -70,6 +72,10 @@ class Settings(BaseSettings):
     def engine_adapters_root(self) -> Path:
         assert self.engine_adapters_dir is not None  # noqa: S101 - filled by _places
         return self.engine_adapters_dir
+
+    @property
+    def base_name(self) -> str:
+        return self.base_model or (self.model_dir.absolute().name if self.model_dir else "")
 
     @property
     def db_url(self) -> str:

@@ -1,0 +1,40 @@
+"""The application, built from its arguments."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+from fastapi import FastAPI
+
+from service import problems
+from service.context import Context
+from service.middleware import BodyLimit, RequestIds
+from service.routes import adapters, chat, feedback, health, jobs, worker
+
+PUBLIC_PATHS = frozenset({"/healthz", "/readyz", "/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"})
+"""What answers without a key; a test holds every other route to having a guard."""
+
+
+def create_app(context: Context) -> FastAPI:
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        publishing = asyncio.create_task(context.publisher.run())
+        try:
+            yield
+        finally:
+            publishing.cancel()
+            with suppress(asyncio.CancelledError):
+                await publishing
+            await context.engine.close()
+            context.database.close()
+
+    app = FastAPI(title="Perennial", version="0.1.0", lifespan=lifespan, redirect_slashes=False)
+    app.state.context = context
+    for router in (chat.router, feedback.router, jobs.router, adapters.router, worker.router, health.router):
+        app.include_router(router)
+    app.add_middleware(BodyLimit, limit=context.settings.max_body_bytes)
+    app.add_middleware(RequestIds)
+    problems.install(app)
+    return app

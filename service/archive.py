@@ -1,0 +1,34 @@
+"""A version as one file to download: built once, byte for byte the same each time, kept beside the data."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from api_schemas.worker import FileEntry
+from service import admission
+
+EPOCH = (1980, 1, 1, 0, 0, 0)
+"""Zip's earliest date: archives of the same files are the same bytes."""
+
+
+def build(directory: Path, files: Iterable[FileEntry], target: Path) -> Path:
+    """Zip the PEFT directory of a version, without optimizer state. Raises VersionRejected if files were damaged."""
+    if target.exists():
+        return target
+    listed = list(files)
+    admission.check_files(directory, listed)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_suffix(f".{os.getpid()}.{os.urandom(4).hex()}.tmp")
+    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+        for entry in sorted(listed, key=lambda f: f.name):
+            if entry.name.startswith("adapter/"):
+                info = zipfile.ZipInfo(entry.name.removeprefix("adapter/"), EPOCH)
+                info.external_attr = 0o644 << 16
+                with (directory / entry.name).open("rb") as source, archive.open(info, "w") as sink:
+                    while chunk := source.read(admission.CHUNK):
+                        sink.write(chunk)
+    os.replace(temporary, target)
+    return target

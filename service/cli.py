@@ -1,0 +1,161 @@
+"""The `perennial` command."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+import uvicorn
+
+from service import context as contexts
+from service.app import create_app
+from service.cli_client import adapters_app, chat, feedback_app, jobs_app
+from service.db import migrate as migrations
+from service.db.engine import Database
+from service.errors import PerennialError
+from service.local import LocalConfig, LocalStack, PartFailed
+from service.settings import Settings
+from service.store import keys
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Feedback in, a better served adapter out.")
+keys_app = typer.Typer(no_args_is_help=True, help="API keys of tenants and workers.")
+app.add_typer(keys_app, name="keys")
+app.add_typer(adapters_app, name="adapters")
+app.add_typer(feedback_app, name="feedback")
+app.add_typer(jobs_app, name="jobs")
+app.command("chat")(chat)
+
+DEMO_MODEL = Path(__file__).parent.parent / "demo" / "model"
+
+
+@app.command()
+def up(
+    data_dir: Annotated[Path, typer.Option(help="Database, adapters, keys and logs.")] = Path("perennial-data"),
+    model: Annotated[Path, typer.Option(help="Directory of the base model.")] = DEMO_MODEL,
+    base_model: Annotated[str | None, typer.Option(help="The name that clients see.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port of the API; 0 picks one.")] = 8700,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Service, worker and embedded engine in one go."""
+    name = base_model or ("perennial-demo" if model == DEMO_MODEL else model.absolute().name)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    stack = LocalStack(LocalConfig(data_dir, model, name, host=host, port=port, device=device))
+    try:
+        with stack:
+            typer.echo(f"Perennial is up: {stack.url}\nAPI key:         {stack.api_key}")
+            typer.echo(f"Base model:      {name}\nLogs:            {stack.data / 'logs'}\nCtrl-C stops it.")
+            stack.watch()
+    except KeyboardInterrupt:
+        typer.echo("Stopped.")
+    except PartFailed as error:
+        _end(str(error))
+
+
+@app.command()
+def serve() -> None:
+    """The service alone, set up by PERENNIAL_* variables (docs/operations.md)."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
+    settings = Settings()
+    try:
+        context = contexts.build(settings)
+    except FileNotFoundError as error:
+        _end(str(error))
+    if migrations.pending(context.database):
+        _end("The database is not on this version's schema: run `perennial migrate` first.")
+    uvicorn.run(
+        create_app(context),
+        host=settings.host,
+        port=settings.port,
+        access_log=False,
+        timeout_graceful_shutdown=10,
+        server_header=False,
+    )
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def worker(ctx: typer.Context) -> None:
+    """The training worker; `perennial worker --help` lists its options."""
+    os.execv(sys.executable, [sys.executable, "-m", "worker", *ctx.args])  # noqa: S606 - our own module
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def engine(ctx: typer.Context) -> None:
+    """The embedded inference engine; `perennial engine --help` lists its options."""
+    os.execv(sys.executable, [sys.executable, "-m", "worker.engine", *ctx.args])  # noqa: S606 - our own module
+
+
+@app.command()
+def migrate() -> None:
+    """Bring the database to this version's schema."""
+    database = _database(Settings())
+    migrations.migrate(database)
+    typer.echo("The database is up to date.")
+
+
+@keys_app.command("create")
+def create_key(
+    tenant: Annotated[str | None, typer.Option(help="Owner; made if new.")] = None,
+    name: Annotated[str, typer.Option(help="A word to recognise the key by.")] = "unnamed",
+    scope: Annotated[list[str] | None, typer.Option(help="Repeat for several; all client scopes by default.")] = None,
+    worker_key: Annotated[bool, typer.Option("--worker", help="A worker's key, of no tenant.")] = False,
+    days: Annotated[float | None, typer.Option(help="Valid for so many days; for ever by default.")] = None,
+) -> None:
+    """Make an API key and print it, this one time."""
+    if worker_key and (tenant or scope):
+        _end("A worker's key has neither tenant nor scopes of its own.")
+    scopes = keys.WORKER_SCOPES if worker_key else frozenset(scope or keys.CLIENT_SCOPES)
+    settings = Settings()
+    database = _database(settings)
+    ring = keys.KeyRing(keys.server_secret(settings.data_dir / "server.secret"))
+    owner = None if worker_key else tenant or keys.DEFAULT_TENANT
+    try:
+        with database.write() as s:
+            key = ring.create(s, tenant=owner, name=name, scopes=scopes, expires_in=days * 86400 if days else None)
+    except PerennialError as error:
+        _end(error.message)
+    typer.echo(key)
+
+
+@keys_app.command("list")
+def list_keys() -> None:
+    """Public ids, owners and scopes; the keys themselves are not kept."""
+    with _database(Settings()).read() as s:
+        for key, tenant in keys.listing(s):
+            state = "revoked" if key.revoked_at else "active"
+            typer.echo(f"{key.id}  {tenant or '(worker)':20} {state:8} {key.name:20} {','.join(key.scopes)}")
+
+
+@keys_app.command("revoke")
+def revoke_key(public_id: Annotated[str, typer.Argument(help="The part after `pk_`.")]) -> None:
+    """End a key at once."""
+    try:
+        with _database(Settings()).write() as s:
+            keys.revoke(s, public_id)
+    except PerennialError as error:
+        _end(error.message)
+    typer.echo("Revoked.")
+
+
+def _database(settings: Settings) -> Database:
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    return Database(settings.db_url)
+
+
+def _end(message: str) -> NoReturn:
+    typer.echo(message, err=True)
+    raise typer.Exit(1)
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

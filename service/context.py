@@ -1,0 +1,50 @@
+"""What the routes work with, built once from the settings and handed to `create_app`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from service import admission
+from service.bell import Bell
+from service.db.engine import Database
+from service.engine_client import EngineClient
+from service.publisher import Publisher
+from service.settings import Settings
+from service.store.keys import KeyRing, server_secret
+
+
+@dataclass(frozen=True)
+class Context:
+    settings: Settings
+    database: Database
+    engine: EngineClient
+    publisher: Publisher
+    keys: KeyRing
+    base_model: str
+    """The name under which the engine serves the base."""
+    base_shapes: Mapping[str, admission.Shape]
+    """(out, in) of the base's weights: what adapters must fit."""
+    work: Bell
+    """Rung when a job is queued: workers that wait for one look again."""
+
+
+def build(settings: Settings) -> Context:
+    """Raises FileNotFoundError when `model_dir` holds no weights."""
+    if settings.model_dir is None:
+        raise FileNotFoundError("PERENNIAL_MODEL_DIR is not set: the service reads there which adapters fit the base")
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    settings.adapters_root.mkdir(parents=True, exist_ok=True)
+    database = Database(settings.db_url)
+    key = settings.engine_api_key.get_secret_value() if settings.engine_api_key else None
+    engine = EngineClient(settings.engine_url, api_key=key, timeout=settings.engine_timeout)
+    return Context(
+        settings=settings,
+        database=database,
+        engine=engine,
+        publisher=Publisher(database, engine, settings),
+        keys=KeyRing(server_secret(settings.data_dir / "server.secret")),
+        base_model=settings.base_name,
+        base_shapes=admission.linear_shapes(settings.model_dir),
+        work=Bell(),
+    )

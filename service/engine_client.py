@@ -1,0 +1,189 @@
+"""The one client of the inference engine: vLLM's HTTP protocol, spoken by vLLM and by the embedded engine alike."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from types import TracebackType
+from typing import Any, NoReturn, Self
+
+import httpx2
+
+from service.errors import EngineError, TooMany, Unavailable, Unprocessable
+
+CONTROL_TIMEOUT = 120.0
+"""Seconds for loading an adapter; loads of large ones are slow."""
+
+
+class ModelNotLoaded(Unavailable):
+    """The engine does not know the served name (any more): load it and ask again."""
+
+    code = "model_not_served"
+
+
+class LoadRefused(Exception):
+    """The engine cannot load this adapter (vLLM: 500 for what it cannot read, 404 for what is not there)."""
+
+
+class EngineClient:
+    """One pooled connection to one engine.
+
+    Every method raises Unavailable when the engine does not answer.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        api_key: str | None = None,
+        timeout: float = 300.0,
+        transport: httpx2.AsyncBaseTransport | None = None,
+    ) -> None:
+        self._http = httpx2.AsyncClient(
+            base_url=base_url,
+            headers={"authorization": f"Bearer {api_key}"} if api_key else {},
+            timeout=httpx2.Timeout(timeout, connect=5.0),
+            limits=httpx2.Limits(max_connections=512, max_keepalive_connections=64),
+            transport=transport,
+        )
+        self._logprobs_mode: str | None = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def models(self) -> dict[str, dict[str, Any]]:
+        """Everything that the engine can answer as, by name; `root` of an adapter is its directory."""
+        response = await self._call("GET", "/v1/models", timeout=5.0)
+        _expect_ok(response)
+        return {m["id"]: m for m in response.json()["data"]}
+
+    async def healthy(self) -> bool:
+        try:
+            response = await self._call("GET", "/health", timeout=5.0)
+        except Unavailable:
+            return False
+        return response.status_code == 200
+
+    async def logprobs_mode(self) -> str:
+        """What the engine's log-probs mean; asked once. vLLM does not say: its default is `raw_logprobs`."""
+        if self._logprobs_mode is None:
+            response = await self._call("GET", "/version", timeout=5.0)
+            _expect_ok(response)
+            self._logprobs_mode = str(response.json().get("logprobs_mode", "raw_logprobs"))
+        return self._logprobs_mode
+
+    async def load(self, name: str, path: str) -> None:
+        """Load an adapter directory under a never-reused name. Already loaded from there counts as done.
+
+        Raises LoadRefused when the engine will not have it.
+        """
+        body = {"lora_name": name, "lora_path": path}
+        response = await self._call("POST", "/v1/load_lora_adapter", json=body, timeout=CONTROL_TIMEOUT)
+        if response.status_code == 200:
+            return
+        if response.status_code == 400 and (await self.models()).get(name, {}).get("root") == path:
+            return
+        if response.status_code in (400, 404, 500):
+            raise LoadRefused(_message(response))
+        _refuse(response)
+
+    async def unload(self, name: str) -> None:
+        """Drop the name; requests that run on it finish. A name that is not there counts as done."""
+        response = await self._call("POST", "/v1/unload_lora_adapter", json={"lora_name": name}, timeout=30.0)
+        if response.status_code not in (200, 404):
+            _refuse(response)
+
+    async def count_tokens(self, model: str, prompt: str | list[dict[str, str]]) -> int:
+        """Length of a plain text, or of a conversation with its generation header, in the model's tokens."""
+        body: dict[str, Any] = {"model": model}
+        if isinstance(prompt, str):
+            body |= {"prompt": prompt, "add_special_tokens": False}
+        else:
+            body |= {"messages": prompt}
+        response = await self._call("POST", "/tokenize", json=body, timeout=30.0)
+        _expect_ok(response)
+        return int(response.json()["count"])
+
+    async def chat(self, payload: dict[str, Any]) -> dict[str, Any]:
+        """One whole answer. Raises ModelNotLoaded, Unprocessable (with the engine's reason), EngineError."""
+        response = await self._call("POST", "/v1/chat/completions", json=payload)
+        _expect_ok(response)
+        answer: dict[str, Any] = response.json()
+        return answer
+
+    @asynccontextmanager
+    async def stream(self, payload: dict[str, Any]) -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
+        """The chunks of one answer as they come. Leaving the block early aborts the generation."""
+        try:
+            async with self._http.stream("POST", "/v1/chat/completions", json=payload) as response:
+                if response.status_code != 200:
+                    await response.aread()
+                    _expect_ok(response)
+                yield _events(response)
+        except httpx2.TransportError as error:
+            raise _away(error) from error
+
+    async def _call(self, method: str, path: str, **kwargs: Any) -> httpx2.Response:
+        try:
+            return await self._http.request(method, path, **kwargs)
+        except httpx2.TransportError as error:
+            raise _away(error) from error
+
+
+async def _events(response: httpx2.Response) -> AsyncIterator[dict[str, Any]]:
+    async for line in response.aiter_lines():
+        if not line.startswith("data:"):
+            continue
+        data = line[5:].strip()
+        if data == "[DONE]":
+            return
+        event: dict[str, Any] = json.loads(data)
+        if "error" in event:
+            raise EngineError("The engine broke off this answer; try again.")
+        yield event
+    raise EngineError("The engine's answer ended early; try again.")
+
+
+def _away(error: httpx2.TransportError) -> Unavailable:
+    if isinstance(error, httpx2.ReadTimeout):
+        return Unavailable("The engine took too long; ask for fewer tokens.", code="engine_timeout", retry_after=5)
+    return Unavailable("The inference engine does not answer; try again.", code="engine_unavailable", retry_after=2)
+
+
+def _expect_ok(response: httpx2.Response) -> None:
+    if response.status_code != 200:
+        _refuse(response)
+
+
+def _refuse(response: httpx2.Response) -> NoReturn:
+    """An engine's error as one of ours. Its text passes on only where it is about the caller's own request."""
+    status, message = response.status_code, _message(response)
+    if status == 404:
+        raise ModelNotLoaded("The engine does not serve this model at present; try again.", retry_after=2)
+    if status in (400, 422):
+        too_long = "maximum context length" in message or "context_length" in response.text
+        raise Unprocessable(message, code="context_length_exceeded" if too_long else "invalid_request")
+    if status == 429:
+        raise TooMany("The engine is busy; try again.", code="engine_busy", retry_after=1)
+    if status == 503:
+        raise Unavailable("The engine is busy; try again.", code="engine_busy", retry_after=1)
+    raise EngineError("The engine failed on this request; try again.")
+
+
+def _message(response: httpx2.Response) -> str:
+    try:
+        body = response.json()
+    except ValueError:
+        return response.text[:500]
+    detail = body.get("error", body) if isinstance(body, dict) else body
+    message = detail.get("message", detail) if isinstance(detail, dict) else detail
+    return str(message)[:500]

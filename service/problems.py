@@ -1,0 +1,82 @@
+"""Errors out: the one place that turns exceptions into answers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from api_schemas.errors import ErrorDetail, ErrorResponse
+from service.errors import BadRequest, PerennialError, Unprocessable
+
+log = logging.getLogger(__name__)
+
+
+class InternalError(PerennialError):
+    """A defect of ours."""
+
+
+class RouteError(PerennialError):
+    """No such route or method; `code` says which."""
+
+    type = "invalid_request_error"
+
+
+def error_body(error: PerennialError) -> dict[str, Any]:
+    detail = ErrorDetail(code=error.code, message=error.message, type=error.type, param=error.param)
+    return ErrorResponse(error=detail).model_dump()
+
+
+def answer(error: PerennialError, status: int | None = None) -> JSONResponse:
+    headers = {}
+    if error.retry_after is not None:
+        headers["retry-after"] = str(error.retry_after)
+    if error.status == 409:
+        headers["x-should-retry"] = "false"  # OpenAI's clients repeat a 409 otherwise
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return JSONResponse(error_body(error), status or error.status, headers)
+
+
+def from_validation(errors: Sequence[Any]) -> PerennialError:
+    """The first fault, by field; the caller's own value is not repeated."""
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        return BadRequest("The body is not valid JSON.", code="invalid_json")
+    where = [str(part) for part in first["loc"][1:] if not str(part).startswith(("function-", "constrained-"))]
+    param = ".".join(where) or str(first["loc"][0])
+    if first["type"] == "extra_forbidden":
+        return Unprocessable(f"Unknown parameter '{param}': leave it out.", code="unknown_parameter", param=param)
+    if first["type"] == "missing":
+        return Unprocessable(f"'{param}' is required.", code="missing_parameter", param=param)
+    reason = str(first["msg"]).removeprefix("Value error, ")
+    return Unprocessable(f"'{param}': {reason}.", code="invalid_parameter", param=param)
+
+
+def install(app: FastAPI) -> None:
+    """Map our tree, FastAPI's validation, Starlette's routing errors and everything unforeseen."""
+
+    @app.exception_handler(PerennialError)
+    async def _ours(_: Request, error: PerennialError) -> JSONResponse:
+        return answer(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        return answer(from_validation(error.errors()))
+
+    @app.exception_handler(HTTPException)
+    async def _routing(_: Request, error: HTTPException) -> JSONResponse:
+        code = {404: "route_not_found", 405: "method_not_allowed", 400: "invalid_json"}.get(
+            error.status_code, "http_error"
+        )
+        return answer(RouteError(f"{error.detail}.".replace("..", "."), code=code), error.status_code)
+
+    @app.exception_handler(Exception)
+    async def _unforeseen(_: Request, error: Exception) -> JSONResponse:
+        log.exception("unforeseen error", exc_info=error)
+        return answer(InternalError("Something went wrong on our side; it has been logged."))

@@ -1,0 +1,164 @@
+"""Adapters, their versions, download and promotion."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import anyio
+from fastapi import APIRouter, Header, Path, Query
+from fastapi.responses import FileResponse, Response
+
+import api_schemas.adapters as wire
+from api_schemas.base import AdapterName
+from api_schemas.jobs import Page
+from api_schemas.training import resolve
+from api_schemas.worker import FileEntry
+from service import admission, archive
+from service.auth import AdaptersReader, AdaptersWriter, Ctx
+from service.context import Context
+from service.errors import Conflict, Unprocessable
+from service.store import adapters, versions
+
+router = APIRouter(tags=["adapters"])
+VersionNumber = Annotated[int, Path(ge=1, lt=2**31)]
+
+
+@router.post("/v1/adapters", status_code=201)
+def create_adapter(request: wire.AdapterCreate, context: Ctx, tenant: AdaptersWriter) -> wire.Adapter:
+    """A new adapter; until it has learnt something the base model answers for it."""
+    check_creation(context, request)
+    with context.database.write() as s:
+        row = adapters.create(s, tenant, request, context.base_model, limit=context.settings.max_adapters)
+        return adapters.view(row)
+
+
+def check_creation(context: Context, request: wire.AdapterCreate) -> None:
+    """Raises Unprocessable or Conflict for what could never be trained or served."""
+    if request.base_model not in (None, context.base_model):
+        raise Unprocessable(
+            f"This service serves the base model '{context.base_model}' alone.",
+            code="unknown_base_model",
+            param="base_model",
+        )
+    if request.name == context.base_model:
+        raise Conflict("This is the base model's own name.", code="adapter_exists", param="name")
+    found = {m.rsplit(".", 1)[-1] for m in context.base_shapes}
+    if absent := sorted(set(request.lora.target_modules) - found):
+        raise Unprocessable(
+            f"The base model has no module '{absent[0]}'.", code="unknown_module", param="lora.target_modules"
+        )
+    try:
+        resolve(request.training)
+    except ValueError as error:
+        raise Unprocessable(str(error), code="invalid_training", param="training") from error
+
+
+@router.get("/v1/adapters")
+def list_adapters(
+    context: Ctx, tenant: AdaptersReader, after: str | None = None, limit: Annotated[int, Query(ge=1, le=100)] = 20
+) -> Page[wire.Adapter]:
+    """Oldest first."""
+    with context.database.read() as s:
+        rows, more = adapters.listing(s, tenant, after, limit)
+        return Page[wire.Adapter](data=[adapters.view(a) for a in rows], has_more=more)
+
+
+@router.get("/v1/adapters/{adapter}")
+def get_adapter(adapter: AdapterName, context: Ctx, tenant: AdaptersReader) -> wire.Adapter:
+    with context.database.read() as s:
+        return adapters.view(adapters.by_name(s, tenant, adapter))
+
+
+@router.delete("/v1/adapters/{adapter}")
+def delete_adapter(adapter: AdapterName, context: Ctx, tenant: AdaptersWriter) -> wire.AdapterDeleted:
+    """Open jobs are cancelled, the name is free again, the files go once the engine has let go of them."""
+    with context.database.write() as s:
+        row = adapters.by_name(s, tenant, adapter)
+        adapters.delete(s, row)
+    context.publisher.bell.ring()
+    return wire.AdapterDeleted(id=row.id, name=row.name)
+
+
+@router.get("/v1/adapters/{adapter}/versions")
+def list_versions(
+    adapter: AdapterName,
+    context: Ctx,
+    tenant: AdaptersReader,
+    after: Annotated[int | None, Query(ge=0, lt=2**31)] = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+) -> Page[wire.Version]:
+    """Oldest first."""
+    with context.database.read() as s:
+        row = adapters.by_name(s, tenant, adapter)
+        found, more = versions.listing(s, row, after, limit)
+        return Page[wire.Version](data=[versions.view(s, row, v) for v in found], has_more=more)
+
+
+@router.get("/v1/adapters/{adapter}/versions/{version}")
+def get_version(adapter: AdapterName, version: VersionNumber, context: Ctx, tenant: AdaptersReader) -> wire.Version:
+    with context.database.read() as s:
+        row = adapters.by_name(s, tenant, adapter)
+        return versions.view(s, row, versions.get(s, row, version))
+
+
+@router.get("/v1/adapters/{adapter}/versions/{version}/download", response_class=FileResponse)
+def download_version(
+    adapter: AdapterName,
+    version: VersionNumber,
+    context: Ctx,
+    tenant: AdaptersReader,
+    if_none_match: Annotated[str | None, Header()] = None,
+) -> Response:
+    """A zip of the PEFT directory: `PeftModel.from_pretrained` and vLLM load it as it is."""
+    with context.database.read() as s:
+        row = adapters.by_name(s, tenant, adapter)
+        found = versions.get(s, row, version)
+    etag = f'"{found.digest}"'
+    headers = {"etag": etag, "cache-control": "private, immutable, max-age=31536000"}
+    if if_none_match is not None and etag in (tag.strip().removeprefix("W/") for tag in if_none_match.split(",")):
+        return Response(status_code=304, headers=headers)
+    digest = found.digest.removeprefix("sha256:")
+    path = archive.build(
+        context.settings.adapters_root / found.uri,
+        [FileEntry.model_validate(f) for f in found.files],
+        context.settings.data_dir / "archives" / f"{digest}.zip",
+    )
+    return FileResponse(path, filename=f"{adapter}-v{version}.zip", media_type="application/zip", headers=headers)
+
+
+@router.post("/v1/adapters/{adapter}/promote")
+async def promote_version(
+    adapter: AdapterName, request: wire.Promote, context: Ctx, tenant: AdaptersWriter
+) -> wire.Adapter:
+    """Serve this version and train the next one from it: also the rollback. Loaded first, then all moves at once."""
+    adapter_id = await anyio.to_thread.run_sync(_check_promotion, context, tenant, adapter, request.version)
+    if request.version == 0:
+        return await anyio.to_thread.run_sync(_promote, context, tenant, adapter, adapter_id, 0)
+    async with context.publisher.hold(adapter_id, request.version):
+        return await anyio.to_thread.run_sync(_promote, context, tenant, adapter, adapter_id, request.version)
+
+
+def _check_promotion(context: Context, tenant: str, name: str, n: int) -> str:
+    with context.database.read() as s:
+        row = adapters.by_name(s, tenant, name)
+        if n:
+            version = versions.servable(s, row, n)
+            admission.check_adapter(
+                context.settings.adapters_root / version.uri / "adapter",
+                context.base_shapes,
+                row.base_model,
+                adapters.view(row).lora,
+            )
+        return row.id
+
+
+def _promote(context: Context, tenant: str, name: str, adapter_id: str, n: int) -> wire.Adapter:
+    with context.database.write() as s:
+        row = adapters.by_name(s, tenant, name)
+        if row.id != adapter_id:
+            raise Conflict("The adapter was replaced meanwhile.", code="adapter_replaced")
+        adapters.promote(s, row, n)
+        view = adapters.view(row)
+    context.work.ring()
+    context.publisher.bell.ring()
+    return view

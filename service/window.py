@@ -1,0 +1,63 @@
+"""Does a remark fit beside its answer into the model's window? Refused at the door, with both lengths."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import anyio
+
+import api_schemas.feedback as wire
+from service.context import Context
+from service.errors import Unprocessable
+from service.store import rollouts
+
+TEMPLATE_TOKENS = 64
+"""Room for the fixed words around a remark."""
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """What the teacher reads for one item; `known` tokens have been counted by the engine already."""
+
+    known: int
+    texts: list[str]
+    messages: int
+
+
+async def check_window(context: Context, tenant_id: str, request: wire.FeedbackRequest) -> None:
+    """Raises Unprocessable for the first item whose prompt, remark and answer together exceed the window.
+
+    Standing feedback does not count: the worker leaves its oldest remarks out where there is no room.
+    """
+    window = (await context.engine.models()).get(context.base_model, {}).get("max_model_len")
+    if not isinstance(window, int):
+        return  # the worker checks again
+    for position, pieces in enumerate(await anyio.to_thread.run_sync(_pieces, context, tenant_id, request)):
+        fixed = pieces.known + TEMPLATE_TOKENS + 16 * pieces.messages
+        # A byte-level tokenizer never makes more tokens than bytes: most items need no counting.
+        if fixed + sum(len(t.encode()) for t in pieces.texts) <= window:
+            continue
+        counted = fixed
+        for text in pieces.texts:
+            counted += await context.engine.count_tokens(context.base_model, text)
+        if counted > window:
+            raise Unprocessable(
+                f"Prompt, feedback and answer need {counted} tokens, the model's window has {window}: shorten them.",
+                code="context_length_exceeded",
+                param=f"items.{position}",
+            )
+
+
+def _pieces(context: Context, tenant_id: str, request: wire.FeedbackRequest) -> list[_Pieces]:
+    with context.database.read() as s:
+        ids = [i.completion_id for i in request.items if i.completion_id]
+        stored = rollouts.of_tenant(s, tenant_id, ids)
+        lengths = {r.id: len(r.prompt_token_ids) + len(r.response_token_ids) for r in stored.values()}
+    return [_piece(item, lengths) for item in request.items]
+
+
+def _piece(item: wire.FeedbackItem, lengths: dict[str, int]) -> _Pieces:
+    texts = [item.feedback, item.demonstration or ""]
+    messages = item.messages or []
+    texts += [m.plain()["content"] for m in messages] + [item.response or ""]
+    return _Pieces(lengths.get(item.completion_id or "", 0), [t for t in texts if t], len(messages))
