@@ -143,7 +143,7 @@ class LocalStack:
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,  # Ctrl-C comes to us alone, and we stop the parts in order
-                    preexec_fn=_die_with_parent,  # noqa: PLW1509
+                    preexec_fn=_die_with_parent,
                 )
 
     def alive(self, part: str) -> bool:
