@@ -4,6 +4,7 @@ The teacher is the same model told the feedback; the student, the adapter, is no
 were. docs/algorithm.md has the formulas and a complete example.
 """
 
+from sdpo_core.chat import chat_ids
 from sdpo_core.errors import AdapterError, ContextTooLong, OptionError, SampleError, SdpoError
 from sdpo_core.loop import BatchResult, SampleOutcome, StepMetrics, train_batch
 from sdpo_core.lora import LoraPolicy, LoraSpec, attach_lora, attached, detach, load_lora, save_lora
@@ -11,10 +12,14 @@ from sdpo_core.optimizer import load_optimizer, make_optimizer, save_optimizer
 from sdpo_core.options import PRESETS, Options, claas, lasgroup
 from sdpo_core.policy import Policy
 from sdpo_core.samples import Sample, TokenBatch
+from sdpo_core.standing import Probe, Standing, update_standing
+from sdpo_core.teacher_context import ContextTemplate, teacher_messages, usable_remarks
+from sdpo_core.teacher_prompt import TeacherPrompt, teacher_prompt
 
 __all__ = [
-    "PRESETS", "AdapterError", "BatchResult", "ContextTooLong", "LoraPolicy", "LoraSpec", "OptionError", "Options",
-    "Policy", "Sample", "SampleError", "SampleOutcome", "SdpoError", "StepMetrics", "TokenBatch", "attach_lora",
-    "attached", "claas", "detach", "lasgroup", "load_lora", "load_optimizer", "make_optimizer", "save_lora",
-    "save_optimizer", "train_batch",
+    "PRESETS", "AdapterError", "BatchResult", "ContextTemplate", "ContextTooLong", "LoraPolicy", "LoraSpec",
+    "OptionError", "Options", "Policy", "Probe", "Sample", "SampleError", "SampleOutcome", "SdpoError", "Standing",
+    "StepMetrics", "TeacherPrompt", "TokenBatch", "attach_lora", "attached", "chat_ids", "claas", "detach", "lasgroup",
+    "load_lora", "load_optimizer", "make_optimizer", "save_lora", "save_optimizer", "teacher_messages",
+    "teacher_prompt", "train_batch", "update_standing", "usable_remarks",
 ]  # fmt: skip

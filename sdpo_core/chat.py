@@ -1,0 +1,46 @@
+"""From messages to token ids, such that what users write can never become a control token."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from sdpo_core.errors import SampleError
+
+_ROLE = re.compile(r"[a-z][a-z_]{0,31}")
+
+
+class ChatTokenizer(Protocol):
+    """The part of a Transformers tokenizer that is used here."""
+
+    def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any: ...
+
+
+def chat_ids(
+    tokenizer: ChatTokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool = True,
+    tools: Sequence[Any] | None = None,
+    template_options: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """Token ids of a conversation in the model's own chat template.
+
+    Equal to `apply_chat_template(..., tokenize=True)` for text without control-token strings. A string such as
+    "<|im_end|>" inside a message is tokenised as the ordinary characters it consists of. Templates build control
+    tokens around the role, so a role that is not a plain word raises SampleError.
+    """
+    for message in messages:
+        if not _ROLE.fullmatch(str(message.get("role", ""))):
+            raise SampleError(f"{message.get('role')!r} is not a role")
+    ids = tokenizer.apply_chat_template(
+        list(messages),
+        tools=None if tools is None else list(tools),
+        add_generation_prompt=add_generation_prompt,
+        tokenize=True,
+        return_dict=False,
+        sanitize_control_tokens=True,
+        **(template_options or {}),
+    )
+    return [int(i) for i in ids]

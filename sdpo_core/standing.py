@@ -1,0 +1,172 @@
+"""Standing feedback: the remarks a teacher must keep hearing so that new feedback does not erase old.
+
+A frozen teacher told only the newest remark pulls the adapter away from everything learnt before. So each version
+carries a short list of remarks, oldest first, and every later batch's teacher is told it. The list must stay short
+and true: repeats, praise and remarks that a newer one contradicts are dropped. The teacher itself is the judge: a
+remark stands if it changes what the teacher says.
+
+The decision (`select`) is apart from the model calls (`teacher_effect`), so it can be tested and replaced alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from sdpo_core import divergence as dv
+from sdpo_core.chat import ChatTokenizer, chat_ids
+from sdpo_core.policy import Policy, response_logits
+from sdpo_core.samples import micro_batches, token_batch
+from sdpo_core.teacher_context import DEFAULT_TEMPLATE, ContextTemplate, teacher_messages, usable_remarks
+
+DEFAULT_EPS = 0.02
+"""Mean KL in nats per response token below which a remark changes nothing. Measured: docs/algorithm.md."""
+
+Effect = Callable[[Sequence[str], Sequence[str]], float]
+"""effect(without, with_): how much the teacher's answers change when `with_` is told instead of `without`, >= 0."""
+
+Why = Literal["repeated_or_contradicted", "changes_nothing", "over_the_bound"]
+
+
+@dataclass(frozen=True)
+class Standing:
+    """The remarks that stand, oldest first, and why the others do not."""
+
+    remarks: tuple[str, ...]
+    dropped: tuple[tuple[str, Why], ...] = ()
+
+
+def merge(
+    standing: Sequence[str],
+    new: Sequence[str],
+    *,
+    max_items: int = 32,
+    max_tokens: int = 1024,
+    count_tokens: Callable[[str], int],
+) -> list[str]:
+    """Standing remarks and a batch's own, oldest first, without blanks and exact repeats (the newest place counts).
+
+    The newest are kept while both bounds hold; older ones fall off.
+    """
+    kept: list[str] = []
+    tokens = 0
+    for remark in reversed(usable_remarks([*standing, *new])):
+        tokens += count_tokens(remark)
+        if len(kept) == max_items or tokens > max_tokens:
+            break
+        kept.append(remark)
+    return kept[::-1]
+
+
+def select(standing: Sequence[str], new: Sequence[str], effect: Effect, eps: float = DEFAULT_EPS) -> Standing:
+    """Which remarks stand after a batch. `new` are the batch's own, in order; of a repeat the newest place counts.
+
+    Newest first, each remark is heard in front of the newer ones. If it changes the teacher's answers it stands. If it
+    does not, although alone it would, a newer remark says the same or the opposite: it is dropped. A remark that
+    changes nothing even alone is silent: it stays in the room while older ones are judged (it may be what contradicts
+    them), then a new one goes, as praise does; an older one stays, since these prompts may just not be what it is
+    about.
+    """
+    candidates = usable_remarks([*standing, *new])
+    older = set(usable_remarks(standing)) - set(usable_remarks(new))
+    told: list[str] = []
+    silent: list[str] = []
+    dropped: list[tuple[str, Why]] = []
+    for remark in reversed(candidates):
+        changes = effect(told, [remark, *told]) >= eps
+        if not changes and told and effect([], [remark]) >= eps:
+            dropped.append((remark, "repeated_or_contradicted"))
+            continue
+        if not changes:
+            silent.insert(0, remark)
+        told.insert(0, remark)
+    for remark in silent:
+        rest = [r for r in told if r != remark]
+        if remark not in older and effect(rest, told) < eps:
+            told = rest
+            dropped.append((remark, "changes_nothing"))
+    return Standing(tuple(told), tuple(dropped))
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A conversation and an answer to it, on which the teacher's opinion is compared."""
+
+    messages: Sequence[Mapping[str, Any]]
+    response_ids: tuple[int, ...]
+
+
+def teacher_effect(
+    policy: Policy,
+    tokenizer: ChatTokenizer,
+    probes: Sequence[Probe],
+    *,
+    micro_batch_tokens: int = 8192,
+    template: ContextTemplate = DEFAULT_TEMPLATE,
+) -> Effect:
+    """An `Effect` asking the frozen teacher (adapter off): mean over response tokens of KL(with || without), nats."""
+
+    def prompts(remarks: Sequence[str]) -> list[list[int]]:
+        return [chat_ids(tokenizer, teacher_messages(p.messages, remarks, None, template)) for p in probes]
+
+    def effect(without: Sequence[str], with_: Sequence[str]) -> float:
+        plain, told = prompts(without), prompts(with_)
+        total, tokens = 0.0, 0
+        lengths = [len(t) + len(p.response_ids) for t, p in zip(told, probes, strict=True)]
+        for rows in micro_batches(lengths, micro_batch_tokens):
+            answers = [probes[r].response_ids for r in rows]
+            mask_BT, logp_BTV = _teacher_logp(policy, [told[r] for r in rows], answers)
+            _, plain_BTV = _teacher_logp(policy, [plain[r] for r in rows], answers)
+            kl_BT = (logp_BTV.exp() * (logp_BTV - plain_BTV)).sum(-1)
+            total += float(kl_BT[mask_BT].double().sum())
+            tokens += int(mask_BT.sum())
+        return total / max(tokens, 1)
+
+    return effect
+
+
+@torch.no_grad()
+def _teacher_logp(
+    policy: Policy, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    batch = token_batch(prompts, answers, policy.device)
+    return batch.mask(), dv.log_probs(response_logits(policy, batch, adapter=False))
+
+
+def update_standing(
+    policy: Policy,
+    tokenizer: ChatTokenizer,
+    standing: Sequence[str],
+    new: Sequence[str],
+    probes: Sequence[Probe],
+    *,
+    eps: float = DEFAULT_EPS,
+    max_items: int = 32,
+    max_tokens: int = 1024,
+    max_probes: int = 8,
+) -> Standing:
+    """The remarks that stand after a batch whose own remarks are `new` and whose rollouts are `probes`.
+
+    At most `max_probes` of the probes, evenly spread, are scored. Without probes nothing can be judged: the merged list
+    stands, within its bounds.
+    """
+    merged = merge(
+        standing, new, max_items=max_items, max_tokens=max_tokens, count_tokens=lambda r: _count(tokenizer, r)
+    )
+    lost = [r for r in usable_remarks([*standing, *new]) if r not in merged]
+    over: tuple[tuple[str, Why], ...] = tuple((r, "over_the_bound") for r in lost)
+    answered = [p for p in probes if p.response_ids]
+    if not answered:
+        return Standing(tuple(merged), over)
+    stride = max(1, -(-len(answered) // max_probes))
+    effect = teacher_effect(policy, tokenizer, answered[::stride])
+    fresh = set(usable_remarks(new))
+    chosen = select([r for r in merged if r not in fresh], [r for r in merged if r in fresh], effect, eps)
+    return Standing(chosen.remarks, over + chosen.dropped)
+
+
+def _count(tokenizer: ChatTokenizer, remark: str) -> int:
+    return len(chat_ids(tokenizer, [{"role": "user", "content": remark}], add_generation_prompt=False))

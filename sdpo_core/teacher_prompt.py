@@ -1,0 +1,61 @@
+"""The teacher's prompt as token ids, within the model's window.
+
+Where it does not fit, the oldest standing remarks go first. The item's own remark, the conversation and the header
+that opens the answer are never cut: a teacher that scores the answer after a truncated prompt teaches noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sdpo_core.chat import ChatTokenizer, chat_ids
+from sdpo_core.errors import ContextTooLong
+from sdpo_core.teacher_context import DEFAULT_TEMPLATE, ContextTemplate, teacher_messages, usable_remarks
+
+
+@dataclass(frozen=True)
+class TeacherPrompt:
+    """What the teacher sees before the response."""
+
+    ids: tuple[int, ...]
+    remarks: tuple[str, ...]
+    """Remarks told, oldest first."""
+    dropped: tuple[str, ...]
+    """Standing remarks left out because they did not fit, oldest first."""
+    taught: bool
+    """Whether the item has usable feedback of its own; False: mask the sample."""
+
+
+def teacher_prompt(
+    tokenizer: ChatTokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    feedback: str | None,
+    standing: Sequence[str] = (),
+    *,
+    limit: int,
+    demonstration: str | None = None,
+    template: ContextTemplate = DEFAULT_TEMPLATE,
+    tools: Sequence[Any] | None = None,
+    template_options: Mapping[str, Any] | None = None,
+) -> TeacherPrompt:
+    """Render the conversation with standing remarks and the item's own feedback in its last user turn.
+
+    `limit` is the number of tokens the prompt may have: the model's window less the response. Raises ContextTooLong
+    with both lengths when it does not fit even without standing remarks, ValueError without a user turn.
+    """
+    own = usable_remarks([feedback or ""])
+    taught = bool(own) or bool(demonstration and demonstration.strip())
+    older = [r for r in usable_remarks(standing) if r not in own]
+    for first in range(len(older) + 1):
+        told = [*older[first:], *own]
+        ids = chat_ids(
+            tokenizer,
+            teacher_messages(messages, told, demonstration, template),
+            tools=tools,
+            template_options=template_options,
+        )
+        if len(ids) <= limit:
+            return TeacherPrompt(tuple(ids), tuple(told), tuple(older[:first]), taught)
+    raise ContextTooLong(len(ids), limit)
