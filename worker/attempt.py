@@ -1,0 +1,222 @@
+"""One lease, from its grant to commit, failure, release or loss. Imports no torch.
+
+Three things happen side by side: the work (train, then commit), the heartbeats, and the wait for a shutdown. The first
+to end decides. Giving up is always safe: what a run has written is invisible until the service commits it, and the
+service commits nothing under an old token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import Awaitable, Callable, Iterator
+from enum import Enum
+from typing import TypeVar
+
+from api_schemas.jobs import JobError, JobProgress, StepMetrics
+from api_schemas.worker import CommitRequest, FailRequest, Heartbeat, Lease
+from worker.errors import LeaseLostError, RefusedError, ServiceUnavailableError, TrainerDiedError, VersionRejectedError
+from worker.messages import Done, Failed, Outcome, Progress, Step, Stopped
+from worker.service_client import ServiceClient
+from worker.settings import WorkerSettings
+from worker.trainer_process import TrainerProcess
+from worker.versions import discard
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+MIN_BEAT_SECONDS = 0.25
+"""Fresh metrics are sent early, but not more often than this."""
+RELEASE_SECONDS = 2.0
+MAX_METRICS_PER_BEAT = 256
+
+
+class LeaseEnd(Enum):
+    """Why the heartbeats ended."""
+
+    LOST = "lease lost"
+    CANCELLED = "cancelled"
+    SILENT = "service silent for longer than the lease and the patience after it"
+    REFUSED = "the service does not take the heartbeat"
+
+
+def backoff(first: float = 0.2, most: float = 5.0) -> Iterator[float]:
+    """Waiting times between tries, seconds: doubling up to `most`, each with jitter so that workers spread out."""
+    delay = first
+    while True:
+        yield delay * random.uniform(0.5, 1.0)  # noqa: S311 - nothing secret hangs on it
+        delay = min(most, delay * 2)
+
+
+class Attempt:
+    """The life of one lease. `run` returns when nothing is left to do for it; UnauthorisedError travels out."""
+
+    def __init__(
+        self,
+        lease: Lease,
+        client: ServiceClient,
+        trainer: TrainerProcess,
+        stopping: asyncio.Event,
+        settings: WorkerSettings,
+    ) -> None:
+        self._lease = lease
+        self._client = client
+        self._trainer = trainer
+        self._stopping = stopping
+        self._settings = settings
+        self._metrics: list[StepMetrics] = []
+        self._progress: JobProgress | None = None
+        self._news = asyncio.Event()
+        self._commit_sent = False
+
+    async def run(self) -> None:
+        """Train and commit under the lease, or give it up. Leaves the trainer idle or dead."""
+        beats = asyncio.create_task(self._heartbeats())
+        work = asyncio.create_task(self._work())
+        stop = asyncio.create_task(self._stopping.wait())
+        try:
+            await asyncio.wait({beats, work, stop}, return_when=asyncio.FIRST_COMPLETED)
+            if self._commit_sent and not work.done():  # its answer is near, and tells what really happened
+                await asyncio.wait({work}, timeout=self._settings.stop_grace_seconds)
+            if work.done():
+                work.result()
+                return
+            work.cancel()  # first of all: it must not report the end that is now brought about
+            if beats.done():
+                await self._abandon(beats.result())
+            else:
+                await self._release()
+        finally:
+            for task in (beats, work, stop):
+                task.cancel()
+            await asyncio.gather(beats, work, stop, return_exceptions=True)
+
+    async def _work(self) -> None:
+        try:
+            await self._finish(await self._train())
+        except LeaseLostError:
+            log.info("run %s: lease lost, dropped", self._lease.run_id)
+            self._discard()
+        except VersionRejectedError as error:
+            log.warning("run %s: version refused by the service: %s", self._lease.run_id, error)
+        except RefusedError as error:
+            log.error("run %s: the service does not take the report: %s", self._lease.run_id, error)
+
+    async def _train(self) -> Outcome:
+        try:
+            return await self._trainer.train(self._lease, self._hear)
+        except TrainerDiedError as error:
+            return Failed(run_id=self._lease.run_id, code="trainer_died", message=str(error), retryable=True)
+
+    async def _finish(self, outcome: Outcome) -> None:
+        if isinstance(outcome, Done):
+            await self._commit(outcome)
+        elif isinstance(outcome, Failed):
+            await self._fail(outcome)
+        else:
+            assert isinstance(outcome, Stopped)  # noqa: S101 - the third of three
+            log.info("run %s: stopped", self._lease.run_id)
+
+    async def _commit(self, done: Done) -> None:
+        request = CommitRequest(
+            token=self._lease.token,
+            uri=done.uri,
+            files=done.files,
+            standing_feedback=done.standing_feedback,
+            metrics=self._metrics,
+            items=done.items,
+            training_seconds=done.training_seconds,
+        )
+        self._commit_sent = True
+        try:
+            reply = await self._until_answered(lambda: self._client.commit(self._lease.run_id, request))
+        except RefusedError as error:
+            log.error("run %s: the service does not take the commit: %s", self._lease.run_id, error)
+            await self._fail(Failed(run_id=done.run_id, code="commit_refused", message=str(error), retryable=False))
+            return
+        log.info("run %s: committed as version %d of %s", self._lease.run_id, reply.version, self._lease.adapter_id)
+
+    async def _fail(self, failed: Failed) -> None:
+        log.warning("run %s: failed with %s (retryable: %s)", failed.run_id, failed.code, failed.retryable)
+        if not self._commit_sent:
+            self._discard()
+        error = JobError(code=failed.code, message=failed.message)
+        request = FailRequest(token=self._lease.token, error=error, retryable=failed.retryable)
+        await self._until_answered(lambda: self._client.fail(self._lease.run_id, request))
+
+    async def _until_answered(self, call: Callable[[], Awaitable[T]]) -> T:
+        """Repeat until the service answers. The heartbeats beside it decide when that is hopeless."""
+        for delay in backoff():
+            try:
+                return await call()
+            except ServiceUnavailableError as error:
+                log.warning("run %s: %s, trying again", self._lease.run_id, error)
+                await asyncio.sleep(delay)
+        raise AssertionError("backoff never ends")
+
+    async def _heartbeats(self) -> LeaseEnd:
+        """Beat until the lease ends. UnauthorisedError travels."""
+        clock = asyncio.get_running_loop().time
+        pause = self._lease.lease_seconds / 3
+        deadline = clock() + self._lease.lease_seconds + self._settings.outage_patience_seconds
+        sent = 0
+        while True:
+            await self._wait_for_beat(pause)
+            self._news.clear()
+            upto = min(len(self._metrics), sent + MAX_METRICS_PER_BEAT)
+            beat = Heartbeat(token=self._lease.token, progress=self._progress, metrics=self._metrics[sent:upto])
+            began = clock()
+            try:
+                reply = await self._client.heartbeat(self._lease.run_id, beat)
+            except LeaseLostError:
+                return LeaseEnd.LOST
+            except RefusedError as error:
+                log.error("run %s: %s", self._lease.run_id, error)
+                return LeaseEnd.REFUSED
+            except ServiceUnavailableError:
+                if clock() > deadline:
+                    return LeaseEnd.SILENT
+                pause = min(pause, 1.0)
+                continue
+            if reply.cancelled:
+                return LeaseEnd.CANCELLED
+            sent, pause = upto, reply.lease_seconds / 3
+            deadline = began + reply.lease_seconds + self._settings.outage_patience_seconds
+
+    async def _wait_for_beat(self, interval: float) -> None:
+        """A third of the lease, or less when there is something new to tell."""
+        shortest = min(MIN_BEAT_SECONDS, interval)
+        await asyncio.sleep(shortest)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._news.wait(), interval - shortest)
+
+    def _hear(self, event: Progress | Step) -> None:
+        if isinstance(event, Step):
+            self._metrics.append(event.metrics)
+        else:
+            self._progress = JobProgress(phase=event.phase, step=event.step, steps=event.steps)
+        self._news.set()
+
+    async def _abandon(self, end: LeaseEnd) -> None:
+        log.info("run %s: %s, giving up", self._lease.run_id, end.value)
+        if end is LeaseEnd.CANCELLED:
+            await self._trainer.stop(self._settings.stop_grace_seconds)
+        else:
+            await self._trainer.kill()
+        self._discard()
+
+    async def _release(self) -> None:
+        """Shutdown: the job goes back to the queue at once instead of waiting for the lease to run out."""
+        await self._trainer.stop(self._settings.stop_grace_seconds)
+        self._discard()
+        try:
+            async with asyncio.timeout(RELEASE_SECONDS):
+                await self._client.release(self._lease.run_id, self._lease.token)
+            log.info("run %s: released", self._lease.run_id)
+        except (ServiceUnavailableError, LeaseLostError, RefusedError, TimeoutError):
+            log.info("run %s: not released, its lease will run out", self._lease.run_id)
+
+    def _discard(self) -> None:
+        s, lease = self._settings, self._lease
+        discard(s.adapters_root, lease.adapter_id, lease.run_id, lease.token, published=not self._commit_sent)

@@ -1,0 +1,171 @@
+"""One lease, from its items to a version on disk. A function of the lease, the parent's files and the base model.
+
+The same lease gives the same bytes on the same machine: the seed is the lease's, the order of the items is the
+lease's, and nothing of the clock goes into a file.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch.optim import AdamW
+
+from api_schemas.worker import FileEntry, ItemReport, Lease
+from sdpo_core.errors import AdapterError, SampleError
+from sdpo_core.loop import BatchResult, StepMetrics, train_batch
+from sdpo_core.lora import LoraPolicy, attached, save_lora
+from sdpo_core.optimizer import load_optimizer, make_optimizer, save_optimizer
+from sdpo_core.options import Options
+from sdpo_core.samples import Sample
+from worker.base_model import BaseModel
+from worker.card import write_card, write_provenance
+from worker.errors import StoppedError, TrainingFailedError
+from worker.items import samples_of, standing_after
+from worker.mapping import lora_of, options_of, wire_metrics
+from worker.messages import Done, Progress, Step
+from worker.parent import base_mismatch, verified_parent
+from worker.versions import clear_leftovers, create_staging, directory_of, publish, staging_of
+
+log = logging.getLogger(__name__)
+Report = Callable[[Progress | Step], None]
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What is known before the model is touched."""
+
+    lease: Lease
+    options: Options
+    parent: Path | None
+    samples: list[Sample]
+    standing: list[str]
+
+
+def run_job(lease: Lease, base: BaseModel, root: Path, *, report: Report, should_stop: Callable[[], bool]) -> Done:
+    """Train the lease's batch on its parent and put the version under its final name.
+
+    Raises TrainingFailedError with a code for the service, and StoppedError when `should_stop` says so between steps.
+    The base model comes back bit-identical either way.
+    """
+    with _named_failures():
+        job = _prepare(lease, base, root)
+        source = job.parent / "adapter" if job.parent else lora_of(lease.lora, lease.seed)
+        torch.manual_seed(lease.seed)
+        with attached(base.module, source) as policy:
+            optimizer = _optimizer(policy, job)
+            started = time.monotonic()
+            result = _train(policy, optimizer, job, report, should_stop)
+            seconds = time.monotonic() - started
+            report(Progress(run_id=lease.run_id, phase="writing", step=len(result.steps), steps=job.options.steps))
+            files = _write(policy, optimizer, job, root)
+    return Done(
+        run_id=lease.run_id,
+        uri=f"{lease.adapter_id}/{lease.run_id}",
+        files=files,
+        standing_feedback=job.standing,
+        items=_item_reports(job, result),
+        training_seconds=seconds,
+    )
+
+
+def _prepare(lease: Lease, base: BaseModel, root: Path) -> _Prepared:
+    if lease.base_model != base.name:
+        raise base_mismatch(f"this worker holds {base.name!r}, the lease is for {lease.base_model!r}")
+    clear_leftovers(root, lease.adapter_id, lease.token)
+    return _Prepared(
+        lease=lease,
+        options=options_of(lease.training),
+        parent=verified_parent(root, lease),
+        samples=samples_of(lease, base),
+        standing=standing_after(lease),
+    )
+
+
+def _optimizer(policy: LoraPolicy, job: _Prepared) -> AdamW:
+    """Moments come from the parent, every hyperparameter from the lease."""
+    if job.parent is None:
+        return make_optimizer(policy, job.options)
+    return load_optimizer(policy, job.options, job.parent / "trainer")
+
+
+def _train(
+    policy: LoraPolicy, optimizer: AdamW, job: _Prepared, report: Report, should_stop: Callable[[], bool]
+) -> BatchResult:
+    run_id, steps = job.lease.run_id, job.options.steps
+
+    def on_step(step: StepMetrics) -> None:
+        if step.outcome == "non_finite":
+            raise _diverged(f"loss or gradient of step {step.step} is not finite")
+        report(Step(run_id=run_id, metrics=wire_metrics(step)))
+        report(Progress(run_id=run_id, phase="training", step=step.step, steps=steps))
+
+    report(Progress(run_id=run_id, phase="scoring", steps=steps))
+    result = train_batch(policy, optimizer, job.samples, job.options, on_step=on_step, should_stop=should_stop)
+    if result.stop_reason == "cancelled":
+        raise StoppedError
+    for name, parameter in policy.trainable():
+        if not bool(torch.isfinite(parameter).all()):
+            raise _diverged(f"{name} is not finite after the last step")
+    for warning in result.warnings:
+        log.warning("run %s: %s", run_id, warning)
+    return result
+
+
+def _write(policy: LoraPolicy, optimizer: AdamW, job: _Prepared, root: Path) -> list[FileEntry]:
+    """The version directory, durable and under its final name. A batch that taught nothing is written as well: its
+    version equals its parent, and the batch counts as applied."""
+    lease = job.lease
+    staging = staging_of(root, lease.adapter_id, lease.run_id, lease.token)
+    create_staging(staging)
+    save_lora(policy, staging / "adapter", base_model_name_or_path=lease.base_model)
+    write_card(staging / "adapter", lease)
+    write_provenance(staging / "adapter", lease, job.options.as_dict(), len(job.standing))
+    save_optimizer(policy, optimizer, staging / "trainer")
+    return publish(staging, directory_of(root, f"{lease.adapter_id}/{lease.run_id}"))
+
+
+def _item_reports(job: _Prepared, result: BatchResult) -> list[ItemReport]:
+    return [
+        ItemReport(
+            id=item.id, behaviour=outcome.behaviour, taught=outcome.taught, response_tokens=len(sample.response_ids)
+        )
+        for item, sample, outcome in zip(job.lease.items, job.samples, result.samples, strict=True)
+    ]
+
+
+@contextmanager
+def _named_failures() -> Iterator[None]:
+    """Give the failures that a job can foresee their codes."""
+    try:
+        yield
+    except AdapterError as error:
+        raise TrainingFailedError("adapter_refused", str(error), retryable=False) from error
+    except SampleError as error:
+        raise TrainingFailedError("bad_item", str(error), retryable=False) from error
+    except (OSError, SafetensorError) as error:
+        if is_disk_full(error):
+            message = "no space left where adapter versions are written: make room, the job is tried again"
+            raise TrainingFailedError("disk_full", message, retryable=True) from error
+        raise
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        message = "out of memory: use fewer or shorter items, or a larger machine"
+        raise TrainingFailedError("out_of_memory", message, retryable=True) from error
+
+
+def is_disk_full(error: OSError | SafetensorError) -> bool:
+    """Whether a write failed for want of space. safetensors tells the system's error only in its text."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return any(f"os error {number})" in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
+
+
+def _diverged(message: str) -> TrainingFailedError:
+    return TrainingFailedError("diverged", f"{message}: lower the learning rate", retryable=False)

@@ -1,0 +1,89 @@
+"""The worker's settings: flags over environment (`PERENNIAL_WORKER_*`) over defaults. Read here and nowhere else."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AnyHttpUrl, Field, SecretStr, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from api_schemas.base import Identifier, ModelName
+
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["auto", "float32", "bfloat16"]
+
+
+def _default_worker_id() -> str:
+    host = "".join(c if c.isalnum() or c in "._-" else "-" for c in socket.gethostname())
+    return f"worker-{host[:80]}-{os.getpid()}"
+
+
+class WorkerSettings(BaseSettings):
+    """Everything a worker process can be told. Times are in seconds."""
+
+    model_config = SettingsConfigDict(env_prefix="PERENNIAL_WORKER_", frozen=True, extra="ignore")
+
+    service_url: AnyHttpUrl
+    token: SecretStr | None = None
+    """Only by environment: a flag would show in the process list."""
+    token_file: Path | None = None
+    model: Path
+    """Directory of the base model's weights and tokenizer."""
+    base_model: ModelName
+    """The name by which leases and adapters know the base model."""
+    adapters_root: Path
+    worker_id: Identifier = Field(default_factory=_default_worker_id)
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    """Of the frozen base weights; auto = float32 on a CPU, bfloat16 on a GPU."""
+    threads: Annotated[int, Field(ge=1, le=256)] | None = None
+    """Torch threads of the training process; None = torch's own choice."""
+    poll_seconds: Annotated[float, Field(ge=0.1, le=30)] = 2.0
+    """How long one lease request waits for work. A shutdown waits for it, so that no granted lease is orphaned."""
+    stop_grace_seconds: Annotated[float, Field(gt=0, le=60)] = 2.0
+    """How long the training process may take to stop between two steps before it is killed."""
+    outage_patience_seconds: Annotated[float, Field(ge=0)] = 60.0
+    """How long past its lease a run goes on while the service does not answer. Only the service's token check decides
+    who may commit, so patience costs work at most, never correctness."""
+
+    @model_validator(mode="after")
+    def _one_token(self) -> WorkerSettings:
+        if (self.token is None) == (self.token_file is None):
+            raise ValueError("give the worker token by --token-file or by PERENNIAL_WORKER_TOKEN, one of the two")
+        return self
+
+    def read_token(self) -> str:
+        """The bearer token. Raises OSError for an unreadable file and ValueError for an empty one."""
+        text = self.token.get_secret_value() if self.token else self._token_path().read_text(encoding="utf-8")
+        if not (token := text.strip()):
+            raise ValueError("the worker token is empty")
+        return token
+
+    def _token_path(self) -> Path:
+        assert self.token_file is not None  # noqa: S101 - `_one_token` holds it
+        return self.token_file
+
+
+def parser() -> argparse.ArgumentParser:
+    """Flags of `python -m worker`. A flag that is not given leaves the environment's value in place."""
+    flags = argparse.ArgumentParser(prog="python -m worker", argument_default=argparse.SUPPRESS)
+    flags.add_argument("--service-url", help="where the service listens, e.g. http://127.0.0.1:8000")
+    flags.add_argument("--token-file", help="file with the worker token (or set PERENNIAL_WORKER_TOKEN)")
+    flags.add_argument("--model", help="directory of the base model")
+    flags.add_argument("--base-model", help="the base model's name, as adapters know it")
+    flags.add_argument("--adapters-root", help="directory that adapter versions are written to")
+    flags.add_argument("--worker-id")
+    flags.add_argument("--device", choices=["auto", "cpu", "cuda"])
+    flags.add_argument("--dtype", choices=["auto", "float32", "bfloat16"])
+    flags.add_argument("--threads", type=int, help="torch threads of the training process")
+    return flags
+
+
+def from_flags(arguments: Sequence[str]) -> WorkerSettings:
+    """Settings of one process. Raises pydantic.ValidationError; exits with usage on an unknown flag."""
+    return WorkerSettings(**vars(parser().parse_args(arguments)))

@@ -1,0 +1,181 @@
+"""The supervisor's side of the training process: start, feed, listen, stop, kill. Imports no torch.
+
+The process is one per worker and keeps the base model resident between jobs. Nothing it does can reach the service:
+it has no URL and no token, only a socket to this object. It dies with the supervisor (see worker/child.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from asyncio.subprocess import DEVNULL, Process
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from api_schemas.worker import Lease
+from worker.errors import TrainerDiedError, TrainerUnavailableError
+from worker.messages import Done, Failed, Outcome, Progress, Ready, Step, Stop, Stopped, Train, frame, read_event
+from worker.settings import WorkerSettings
+
+log = logging.getLogger(__name__)
+Listener = Callable[[Progress | Step], None]
+SECRETS = ("PERENNIAL_WORKER_TOKEN", "PERENNIAL_WORKER_TOKEN_FILE")
+
+
+@dataclass
+class _Run:
+    run_id: str
+    listener: Listener
+    outcome: asyncio.Future[Outcome]
+
+
+@dataclass(frozen=True)
+class _Running:
+    process: Process
+    writer: asyncio.StreamWriter
+    ready: asyncio.Future[Ready]
+    listening: asyncio.Task[None]
+
+
+class TrainerProcess:
+    """At most one training process, started when first needed and again after it has died."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        self._settings = settings
+        self._child: _Running | None = None
+        self._run: _Run | None = None
+
+    @property
+    def pid(self) -> int | None:
+        return self._child.process.pid if self._child else None
+
+    async def ready(self) -> Ready:
+        """Start the process if there is none and wait for its model. Raises TrainerUnavailableError."""
+        if self._child is None or self._child.listening.done():
+            await self.kill()
+            self._child = await self._start()
+        try:
+            return await asyncio.shield(self._child.ready)
+        except TrainerDiedError as error:
+            raise TrainerUnavailableError(f"the base model could not be loaded: {error}") from error
+
+    async def train(self, lease: Lease, listener: Listener) -> Outcome:
+        """Work on one lease; `listener` hears progress. Raises TrainerDiedError. One lease at a time."""
+        await self.ready()
+        assert self._run is None  # noqa: S101 - one caller, one lease at a time
+        run = self._run = _Run(lease.run_id, listener, asyncio.get_running_loop().create_future())
+        try:
+            await self._send(Train(lease=lease))
+            outcome = await asyncio.shield(run.outcome)
+        finally:
+            if run.outcome.done():
+                self._run = None
+        if isinstance(outcome, Failed) and outcome.poisoned:
+            await self.kill()
+        return outcome
+
+    async def stop(self, grace_seconds: float) -> None:
+        """Ask for a stop between two steps; kill what has not stopped within the grace."""
+        if self._run is None:
+            return
+        await self._send(Stop(run_id=self._run.run_id))
+        done, _ = await asyncio.wait({self._run.outcome}, timeout=grace_seconds)
+        if not done:
+            await self.kill()
+        self._forget_run()
+
+    async def kill(self) -> None:
+        """End the process now and wait until it is gone."""
+        child, self._child = self._child, None
+        if child is not None:
+            if child.process.returncode is None:
+                child.process.kill()
+            await child.listening
+        self._forget_run()
+
+    def _forget_run(self) -> None:
+        if self._run is not None and self._run.outcome.done() and not self._run.outcome.cancelled():
+            self._run.outcome.exception()  # looked at: asyncio need not report it
+        self._run = None
+
+    async def _start(self) -> _Running:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = await asyncio.create_subprocess_exec(
+                *self._argv(theirs.fileno()),
+                stdin=DEVNULL,
+                stdout=2,  # what libraries print joins the log
+                pass_fds=(theirs.fileno(),),
+                env=_environment(os.environ),
+                start_new_session=True,  # Ctrl-C is the supervisor's to handle
+            )
+        reader, writer = await asyncio.open_unix_connection(sock=ours)
+        ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
+        listening = asyncio.create_task(self._listen(process, reader, writer, ready))
+        log.info("training process started pid=%d", process.pid)
+        return _Running(process, writer, ready, listening)
+
+    def _argv(self, channel: int) -> list[str]:
+        s = self._settings
+        flags = {
+            "--channel-fd": channel,
+            "--parent-pid": os.getpid(),
+            "--model": s.model,
+            "--base-model": s.base_model,
+            "--adapters-root": s.adapters_root,
+            "--device": s.device,
+            "--dtype": s.dtype,
+        } | ({"--threads": s.threads} if s.threads else {})
+        return [sys.executable, "-m", "worker.child", *(str(word) for pair in flags.items() for word in pair)]
+
+    async def _send(self, message: Train | Stop) -> None:
+        assert self._child is not None  # noqa: S101 - callers hold a run
+        try:
+            self._child.writer.write(frame(message))
+            await self._child.writer.drain()
+        except ConnectionError:
+            pass  # it died: `_listen` says so where somebody waits
+
+    async def _listen(
+        self, process: Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, ready: asyncio.Future[Ready]
+    ) -> None:
+        while (event := await read_event(reader)) is not None:
+            if isinstance(event, Ready):
+                ready.set_result(event)
+            else:
+                self._deliver(event)
+        writer.close()
+        died = TrainerDiedError(_epitaph(await process.wait()))
+        log.info("training process gone pid=%d: %s", process.pid, died)
+        if not ready.done():
+            ready.set_exception(died)
+            ready.exception()  # looked at: nobody may be waiting
+        if self._run is not None and not self._run.outcome.done():
+            self._run.outcome.set_exception(died)
+
+    def _deliver(self, event: Progress | Step | Done | Failed | Stopped) -> None:
+        run = self._run
+        if run is None or run.run_id != event.run_id or run.outcome.done():
+            return  # the last words of a run that was given up
+        if isinstance(event, Done | Failed | Stopped):
+            run.outcome.set_result(event)
+        else:
+            run.listener(event)
+
+
+def _environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """The child's environment: no service token, no telemetry or downloads, deterministic CUDA matrix products."""
+    kept = {name: value for name, value in environment.items() if name not in SECRETS}
+    return kept | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+
+
+def _epitaph(returncode: int) -> str:
+    if returncode < 0:
+        name = signal.Signals(-returncode).name
+        hint = ", often the kernel's answer to running out of memory" if -returncode == signal.SIGKILL else ""
+        return f"the training process was ended by {name}{hint}"
+    return f"the training process ended with exit status {returncode}"
