@@ -33,10 +33,13 @@ def principal(context: Ctx, credentials: Annotated[HTTPAuthorizationCredentials 
     raise Unauthenticated("Send a valid API key: `Authorization: Bearer pk_...`.")
 
 
+Caller = Annotated[Principal, Depends(principal)]
+
+
 def requires(scope: str) -> Callable[[Principal], Principal]:
     """A dependency that lets only keys of this scope pass."""
 
-    def guard(caller: Annotated[Principal, Depends(principal)]) -> Principal:
+    def guard(caller: Caller) -> Principal:
         if scope not in caller.scopes:
             raise Forbidden(f"This key lacks the scope '{scope}'.")
         return caller
@@ -45,10 +48,12 @@ def requires(scope: str) -> Callable[[Principal], Principal]:
 
 
 def _tenant(scope: str) -> Callable[[Principal], str]:
-    def tenant(caller: Annotated[Principal, Depends(requires(scope))]) -> str:
-        if caller.tenant_id is None:
+    allowed = requires(scope)
+
+    def tenant(caller: Caller) -> str:
+        if (owner := allowed(caller).tenant_id) is None:
             raise Forbidden("A worker's key cannot act for a tenant.")
-        return caller.tenant_id
+        return owner
 
     return tenant
 
