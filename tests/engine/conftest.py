@@ -1,11 +1,13 @@
 """Tiny models made on the spot, adapters made by PEFT, and engines that serve them."""
 
 import json
+import queue
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from worker.engine.app import create_app
 from worker.engine.engine import Engine, EngineSettings, open_engine
+from worker.engine.generation import Failure, Generation, Step
+from worker.engine.schema import ChatRequest
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -104,17 +108,21 @@ def peft_warnings_ignored() -> Iterator[None]:
         yield
 
 
-@dataclass(frozen=True)
+@dataclass
 class Reference:
     """The same model in bare Transformers: what the engine is compared with."""
 
     path: Path
     tokenizer: Any
 
+    @cached_property
+    def base(self) -> Any:
+        return AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32).eval()
+
     def model(self, adapter: Path | None = None) -> Any:
-        base = AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32).eval()
         if adapter is None:
-            return base
+            return self.base
+        base = AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32).eval()
         with peft_warnings_ignored():
             return PeftModel.from_pretrained(base, adapter).eval()
 
@@ -186,8 +194,10 @@ def start_engine(adapters_root: Path) -> Iterator[Callable[..., Engine]]:
         return engine
 
     yield start
+    survived = [engine.loop.alive for engine in engines]
     for engine in engines:
         engine.close()
+    assert all(survived), "a decoding loop has died"
 
 
 @pytest.fixture
@@ -256,3 +266,41 @@ def serve() -> Iterator[Callable[[Engine], str]]:
     for server, thread in running:
         server.should_exit = True
         thread.join(10)
+
+
+@dataclass(frozen=True)
+class Running:
+    """A generation started without HTTP; its steps can be awaited one by one."""
+
+    generation: Generation
+    events: "queue.SimpleQueue[Step | Failure]"
+
+    def next(self) -> Step:
+        event = self.events.get(timeout=30)
+        if isinstance(event, Failure):
+            raise event.error
+        return event
+
+    def rest(self) -> list[Step]:
+        steps = [self.next()]
+        while steps[-1].finish_reason is None:
+            steps.append(self.next())
+        return steps
+
+    def tokens(self) -> list[int]:
+        return [step.token_id for step in self.rest()]
+
+
+@pytest.fixture
+def submit() -> Callable[..., Running]:
+    """Starts a greedy generation on an engine; keyword arguments override the request."""
+
+    def submit(engine: Engine, content: str = "hello", **fields: Any) -> Running:
+        body = {
+            "model": "base", "messages": [{"role": "user", "content": content}], "max_tokens": 20, "temperature": 0,
+            "ignore_eos": True,
+        }  # fmt: skip
+        events: queue.SimpleQueue[Step | Failure] = queue.SimpleQueue()
+        return Running(engine.submit(ChatRequest.model_validate(body | fields), events.put), events)
+
+    return submit

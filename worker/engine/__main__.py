@@ -29,13 +29,9 @@ class AnnouncingServer(uvicorn.Server):
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; option names are vLLM's where vLLM has them."""
     parser = argparse.ArgumentParser(prog="python -m worker.engine", description=__doc__)
-    parser.add_argument(
-        "--model", type=Path, required=True, help="model directory: safetensors, tokenizer, config"
-    )
+    parser.add_argument("--model", type=Path, required=True, help="model directory: safetensors, tokenizer, config")
     parser.add_argument("--served-model-name", required=True)
-    parser.add_argument(
-        "--adapters-root", type=Path, required=True, help="adapters are loaded only from below here"
-    )
+    parser.add_argument("--adapters-root", type=Path, required=True, help="adapters are loaded only from below here")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000, help="0 picks a free one")
     parser.add_argument("--device", choices=("cpu", "cuda", "auto"), default="auto")
@@ -44,9 +40,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-lora-rank", type=int, default=64)
     parser.add_argument("--max-loras", type=int, default=8, help="different adapters in one batch")
     parser.add_argument("--max-num-seqs", type=int, default=16, help="requests decoded at once")
-    parser.add_argument(
-        "--max-waiting", type=int, default=256, help="queue length beyond which requests get 503"
-    )
+    parser.add_argument("--max-waiting", type=int, default=256, help="queue length beyond which requests get 503")
     parser.add_argument("--threads", type=int, help="torch's threads")
     return parser.parse_args(arguments)
 

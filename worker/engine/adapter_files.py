@@ -60,7 +60,8 @@ def read_adapter(
         scaled_OR = b_OR.float() * scaling
         if not (torch.isfinite(a_RI).all() and torch.isfinite(scaled_OR).all()):
             raise AdapterLoadError(f"The adapter has a weight in {module} that is not a finite number.")
-        pairs[module] = (a_RI.to(device, dtype), scaled_OR.to(device, dtype))
+        # A copy: safetensors may hand out a view of the mapped file, which could change under a running request.
+        pairs[module] = (a_RI.to(device, dtype, copy=True), scaled_OR.to(device, dtype))
     return LoraWeights(pairs)
 
 
@@ -68,9 +69,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """adapter_config.json of a directory, refused where it asks for something this engine does not compute."""
     file = path / CONFIG_FILE
     if not file.is_file():
-        raise NotFoundError(
-            f"No adapter found at this path: there is no {CONFIG_FILE} in it.", param="lora_path"
-        )
+        raise NotFoundError(f"No adapter found at this path: there is no {CONFIG_FILE} in it.", param="lora_path")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -95,9 +94,7 @@ def scaling_of(config: Mapping[str, Any], module: str, rank: int) -> float:
     declared = _from_pattern(config.get("rank_pattern") or {}, module, config.get("r"))
     alpha = _from_pattern(config.get("alpha_pattern") or {}, module, config.get("lora_alpha"))
     if declared != rank:
-        raise AdapterLoadError(
-            f"{CONFIG_FILE} says rank {declared} for {module}, its tensors have rank {rank}."
-        )
+        raise AdapterLoadError(f"{CONFIG_FILE} says rank {declared} for {module}, its tensors have rank {rank}.")
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise AdapterLoadError(f"{CONFIG_FILE} has no usable lora_alpha for {module}.")
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
@@ -106,9 +103,7 @@ def scaling_of(config: Mapping[str, Any], module: str, rank: int) -> float:
 def _check_pattern(option: str, pattern: object) -> None:
     """PEFT takes regular expressions here; plain module names are enough, and cannot be made to run for ever."""
     if not isinstance(pattern, dict) or not all(_PLAIN_PATTERN.fullmatch(key) for key in pattern):
-        raise AdapterLoadError(
-            f"{option} must map plain module names to numbers; expressions are not supported."
-        )
+        raise AdapterLoadError(f"{option} must map plain module names to numbers; expressions are not supported.")
 
 
 def _from_pattern(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
@@ -133,13 +128,9 @@ def _pair_up(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
         if match is None:
-            raise AdapterLoadError(
-                f"Unexpected tensor {key!r}: only lora_A and lora_B weights are supported."
-            )
+            raise AdapterLoadError(f"Unexpected tensor {key!r}: only lora_A and lora_B weights are supported.")
         if tensor.dtype not in _FLOATS:
-            raise AdapterLoadError(
-                f"Tensor {key!r} is {tensor.dtype}; float32, float16 or bfloat16 is needed."
-            )
+            raise AdapterLoadError(f"Tensor {key!r} is {tensor.dtype}; float32, float16 or bfloat16 is needed.")
         sides.setdefault(match["module"], {})[match["side"]] = tensor
     if not sides:
         raise AdapterLoadError("The adapter has no weights.")
@@ -152,9 +143,7 @@ def _pair_up(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
 def _check_shapes(module: str, a_RI: Tensor, b_OR: Tensor, shapes: Mapping[str, tuple[int, int]]) -> int:
     """The rank of a pair that fits the base layer `module`; a misfit means another base model."""
     if module not in shapes:
-        raise AdapterLoadError(
-            f"The base model has no linear layer {module}: the adapter is for another model."
-        )
+        raise AdapterLoadError(f"The base model has no linear layer {module}: the adapter is for another model.")
     out_features, in_features = shapes[module]
     rank = a_RI.shape[0] if a_RI.ndim == 2 else 0
     if rank < 1 or tuple(a_RI.shape) != (rank, in_features) or tuple(b_OR.shape) != (out_features, rank):

@@ -92,6 +92,8 @@ def _add_information(app: FastAPI, engine: Engine) -> None:
             f"vllm:num_requests_running {running}",
             "# TYPE vllm:num_requests_waiting gauge",
             f"vllm:num_requests_waiting {waiting}",
+            "# TYPE vllm:generation_tokens_total counter",
+            f"vllm:generation_tokens_total {engine.loop.generated_tokens}",
         ]
         return PlainTextResponse("\n".join(lines) + "\n")
 
@@ -121,7 +123,9 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(_request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"] if part != "body")
+        # What is not JSON has an offset for a location, and no field.
+        location = first["loc"][1:] if first["type"] != "json_invalid" else ()
+        field = ".".join(str(part) for part in location)
         refused = BadRequestError(f"{field or 'body'}: {first['msg']}", param=field or None)
         return JSONResponse(error_body(refused), status_code=refused.status)
 

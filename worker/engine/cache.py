@@ -103,9 +103,7 @@ def _store(cache_SHCD: Tensor, states_BHTD: Tensor, plan: WritePlan) -> Tensor:
     return cache_SHCD[plan.first_slot : plan.first_slot + plan.rows, :, : plan.window]
 
 
-def make_plan(
-    first_slot: int, counts: list[int], past: list[int], device: torch.device
-) -> tuple[WritePlan, Tensor]:
+def make_plan(first_slot: int, counts: list[int], past: list[int], device: torch.device) -> tuple[WritePlan, Tensor]:
     """The plan of a forward that feeds `counts[b]` new tokens to row b after its `past[b]` tokens.
 
     Rows are padded on the left to the longest, so that the last column holds the last token of every row. Also returns

@@ -40,6 +40,12 @@ class EngineSettings:
     max_waiting: int = 256
     threads: int | None = None
 
+    def __post_init__(self) -> None:
+        for option in ("max_lora_rank", "max_loras", "max_num_seqs", "max_waiting", "threads"):
+            value = getattr(self, option)
+            if value is not None and value < 1:
+                raise ValueError(f"{option} must be at least 1, not {value}.")
+
 
 class Engine:
     """Serves one base model and its adapters. Call `start` once, `close` at the end."""
@@ -131,8 +137,7 @@ class Engine:
         return Limits(
             max_tokens=wanted or min(room, self._defaults.get("max_new_tokens") or room),
             eos_token_id=None if request.ignore_eos else self.tokenizer.eos_token_id,
-            stop_token_ids=frozenset(request.stop_token_ids or ())
-            | (frozenset() if request.ignore_eos else ends),
+            stop_token_ids=frozenset(request.stop_token_ids or ()) | (frozenset() if request.ignore_eos else ends),
             stop=request.stops,
         )
 

@@ -97,9 +97,7 @@ class Generation:
     def accept(self, draw: Draw | None) -> bool:
         """Take the next token, pass it on, and say whether the generation is over."""
         if draw is None:
-            self.fail(
-                GenerationFailedError("The model's logits are not finite numbers: the adapter is broken.")
-            )
+            self.fail(GenerationFailedError("The model's logits are not finite numbers: the adapter is broken."))
             return True
         self._token_ids.append(draw.token_id)
         text, reason, stop_reason = self._advance(draw.token_id)

@@ -35,6 +35,7 @@ class DecodeLoop:
         self._running: list[Generation] = []  # touched by the loop's thread only
         self._wake = threading.Condition()
         self._closing = False
+        self.generated_tokens = 0  # since the start, for /metrics
         self._thread = threading.Thread(target=self._run, name="perennial-decode", daemon=True)
 
     def start(self) -> None:
@@ -67,6 +68,7 @@ class DecodeLoop:
             self._waiting.append(generation)
             self._wake.notify()
 
+    @torch.inference_mode()
     def _run(self) -> None:
         try:
             while self._wait_for_work():
@@ -125,9 +127,7 @@ class DecodeLoop:
         self._running.extend(admitted)
         for generation in admitted:
             generation.prepare(self._runner.device)
-        self._advance(
-            first_slot, [Row(generation.prompt_ids, 0, generation.weights) for generation in admitted]
-        )
+        self._advance(first_slot, [Row(generation.prompt_ids, 0, generation.weights) for generation in admitted])
 
     def _decode(self) -> None:
         if self._running:
@@ -144,6 +144,7 @@ class DecodeLoop:
             [generation.generator for generation in generations],
             [generation.top_count for generation in generations],
         )
+        self.generated_tokens += len(rows)
         over = [generation.accept(drawn) for generation, drawn in zip(generations, draws, strict=True)]
         self._remove([first_slot + index for index, finished in enumerate(over) if finished])
 
@@ -163,6 +164,4 @@ class DecodeLoop:
         if self._runner.device.type == "cuda":
             torch.cuda.empty_cache()
         for generation in failed:
-            generation.fail(
-                GenerationFailedError("The engine ran out of memory; send fewer or shorter requests.")
-            )
+            generation.fail(GenerationFailedError("The engine ran out of memory; send fewer or shorter requests."))

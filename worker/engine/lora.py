@@ -42,9 +42,11 @@ class LoraBatch:
 
     def __init__(self) -> None:
         self.groups: tuple[RowGroup, ...] = ()
+        self.size = 0
 
     def assign(self, weights_B: Sequence[LoraWeights | None], device: torch.device) -> None:
         """Set the adapters of the next forward, row by row; None is the base model."""
+        self.size = len(weights_B)
         rows: dict[LoraWeights, list[int]] = {}
         for row, weights in enumerate(weights_B):
             if weights is not None:
@@ -75,6 +77,8 @@ class MultiLoraLinear(nn.Module):
             pair = group.weights.pairs.get(self.name)
             if pair is None:
                 continue
+            if x_BTI.ndim != 3 or x_BTI.shape[0] != self.batch.size:
+                raise RuntimeError(f"{self.name} does not see one row per request: LoRA cannot be applied to it.")
             a_RI, b_OR = pair
             if group.rows is None:
                 y_BTO = y_BTO + functional.linear(functional.linear(x_BTI, a_RI), b_OR)

@@ -37,9 +37,7 @@ class AdapterRegistry:
         """
         with self._lock:
             if name == self._reserved or name in self._served or name in self._loading:
-                raise BadRequestError(
-                    f"The lora adapter '{name}' has already been loaded.", param="lora_name"
-                )
+                raise BadRequestError(f"The lora adapter '{name}' has already been loaded.", param="lora_name")
             self._loading.add(name)
         try:
             weights = self._read(self._checked(path))

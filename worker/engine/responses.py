@@ -18,9 +18,7 @@ DONE = "data: [DONE]\n\n"
 
 def error_body(error: EngineError) -> dict[str, Any]:
     """The error object of vLLM and OpenAI."""
-    return {
-        "error": {"message": error.message, "type": error.type, "param": error.param, "code": error.status}
-    }
+    return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.status}}
 
 
 def sse(body: dict[str, Any]) -> str:

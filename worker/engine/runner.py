@@ -77,9 +77,7 @@ def load_runner(
     """
     config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     length = check_config(config, max_model_len)
-    target = torch.device(
-        "cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")
-    )
+    target = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
     model = AutoModelForCausalLM.from_pretrained(
         path,
         config=config,
@@ -107,17 +105,13 @@ def check_config(config: Any, max_model_len: int | None) -> int:
     """
     native = int(config.max_position_embeddings)
     if max_model_len is not None and not 1 <= max_model_len <= native:
-        raise UnsupportedModelError(
-            f"max-model-len must be in 1..{native} for this model, not {max_model_len}."
-        )
+        raise UnsupportedModelError(f"max-model-len must be in 1..{native} for this model, not {max_model_len}.")
     length = max_model_len or native
     if getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None):
         raise UnsupportedModelError("The embedded engine does not serve mixture-of-experts models; use vLLM.")
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if not kinds <= {"full_attention", "sliding_attention"}:
-        raise UnsupportedModelError(
-            f"The embedded engine does not serve layers of kind {sorted(kinds)}; use vLLM."
-        )
+        raise UnsupportedModelError(f"The embedded engine does not serve layers of kind {sorted(kinds)}; use vLLM.")
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     if window and window < length:
         raise UnsupportedModelError(f"Sliding-window attention: pass a max-model-len of {window} or less.")

@@ -70,15 +70,10 @@ def draw(
     chosen = logprobs_BV.gather(-1, tokens_B[:, None])[:, 0].tolist()
     broken = logprobs_BV.amax(-1).isnan().tolist()
     tops = _top(logprobs_BV, top_counts)
-    return [
-        None if broken[row] else Draw(token, chosen[row], tops[row])
-        for row, token in enumerate(tokens_B.tolist())
-    ]
+    return [None if broken[row] else Draw(token, chosen[row], tops[row]) for row, token in enumerate(tokens_B.tolist())]
 
 
-def _tokens(
-    logits_BV: Tensor, samplings: Sequence[Sampling], generators: Sequence[torch.Generator | None]
-) -> Tensor:
+def _tokens(logits_BV: Tensor, samplings: Sequence[Sampling], generators: Sequence[torch.Generator | None]) -> Tensor:
     tokens_B = logits_BV.argmax(-1)
     rows = [row for row, sampling in enumerate(samplings) if not sampling.greedy]
     if not rows:

@@ -110,9 +110,7 @@ class ChatRequest(BaseModel):
         """Raise BadRequestError for what cannot be served as asked, naming the field."""
         for field, value in (self.model_extra or {}).items():
             if value is not None and field in _NEUTRAL and value not in _NEUTRAL[field]:
-                raise BadRequestError(
-                    f"The embedded engine does not support {field}; leave it out.", param=field
-                )
+                raise BadRequestError(f"The embedded engine does not support {field}; leave it out.", param=field)
         for message in self.messages:
             if any((message.model_extra or {}).get(field) for field in ("tool_calls", "function_call")):
                 raise BadRequestError("The embedded engine does not support tool calls.", param="messages")

@@ -31,13 +31,9 @@ class ChatTokenizer:
         Raises BadRequestError where the template refuses the messages.
         """
         try:
-            text = self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True
-            )
+            text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         except (TemplateError, TypeError, ValueError) as error:
-            raise BadRequestError(
-                f"The chat template refused the messages: {error}", param="messages"
-            ) from error
+            raise BadRequestError(f"The chat template refused the messages: {error}", param="messages") from error
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
