@@ -22,6 +22,15 @@ from sdpo_core.divergence import (
     teacher_target,
     token_log_probs,
 )
+from sdpo_core.reprompt import RepromptRules, Rollout, reprompt, reprompt_metrics
+from sdpo_core.signals import (
+    centred_hindsight_loss,
+    clipped_policy_loss,
+    combined_advantage,
+    gained_advantage,
+    hindsight_loss,
+    shifted_for_next_token,
+)
 from sdpo_core.teachers import ema_update, trust_region_logits
 from sdpo_core.terms import TokenTerms, token_terms
 from sdpo_core.weights import rollout_weights, top_entropy_mask
@@ -194,6 +203,59 @@ def _entropy_mask(s: Values, x: Values) -> Values:
     return {"keep": top_entropy_mask(x["entropies"], x["mask"], s["top_entropy_quantile"])}
 
 
+def _openclaw_combine(s: Values, x: Values) -> Values:
+    advantages = combined_advantage(
+        x["teacher_log_probs"], x["old_log_probs"], x["advantages"], distill_weight=s["w_opd"], reward_weight=s["w_rl"]
+    )
+    losses = clipped_policy_loss(x["log_probs"], x["old_log_probs"], advantages, s["eps_clip"], s["eps_clip_high"])
+    return {"loss": losses.mean()}
+
+
+def _ui_offline(_: Values, x: Values) -> Values:
+    return {"loss": hindsight_loss(x["logps_x"], x["logps_xo"], x["mask"])}
+
+
+def _ui_online(s: Values, x: Values) -> Values:
+    loss = centred_hindsight_loss(
+        x["logps"], x["old_logps"], x["token_advantages"], x["mask"],
+        clip_low=s["epsilon_low"], clip_high=s["epsilon_high"],
+    )  # fmt: skip
+    return {"loss": loss}
+
+
+def _tinker(s: Values, x: Values) -> Values:
+    gained = gained_advantage(x["student_logprobs"], x["teacher_logprobs"], s["kl_coef"])
+    return {
+        "advantages": gained.advantages,
+        "kl_gain": gained.gain,
+        "effective_kl_coef": gained.gain * s["kl_coef"],
+        "shifted_logprobs": shifted_for_next_token(x["student_logprobs"], x["prompt_len"]),
+        "shifted_advantages": shifted_for_next_token(gained.advantages, x["prompt_len"]),
+    }
+
+
+def _reprompt(s: Values, x: Values) -> Values:
+    rules = RepromptRules(
+        template=s["reprompt_template"],
+        solution_template=s["solution_template"].replace("{successful_previous_attempt}", "{solution}"),
+        feedback_template=s["feedback_template"].replace("{feedback_raw}", "{feedback}"),
+        success_threshold=s["success_reward_threshold"],
+        exclude_self=s["dont_reprompt_on_self_success"],
+        use_feedback=s["include_environment_feedback"],
+        feedback_only_without_solution=s["environment_feedback_only_without_solution"],
+        strip_thinking=s["remove_thinking_from_demonstration"],
+    )
+    columns = (x["prompts"], x["uids"], x["scores"], x["responses"], x["feedback"])
+    rollouts = [Rollout(*row) for row in zip(*columns, strict=True)]
+    results = reprompt(rollouts, rules)
+    metrics = reprompt_metrics(rollouts, results, rules)
+    return {
+        "messages": [r.messages for r in results],
+        "mask": [1.0 if r.taught else 0.0 for r in results],
+        "metrics": {f"self_distillation/{name}": value for name, value in metrics.items()},
+    }
+
+
 _FAMILIES: dict[str, Callable[[Values, Values], Values]] = {
     "verl_sdpo": _verl,
     "trl_sdpo": _trl,
@@ -205,4 +267,9 @@ _FAMILIES: dict[str, Callable[[Values, Values], Values]] = {
     "trust_region": _trust_region,
     "rollout_weights": _rollout_weights,
     "entropy_mask": _entropy_mask,
+    "openclaw_combine": _openclaw_combine,
+    "ui_offline": _ui_offline,
+    "ui_online": _ui_online,
+    "tinker_adv": _tinker,
+    "reprompt": _reprompt,
 }
