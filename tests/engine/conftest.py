@@ -4,10 +4,11 @@ import json
 import queue
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from worker.engine.app import create_app
 from worker.engine.engine import Engine, EngineSettings, open_engine
 from worker.engine.generation import Failure, Generation, Step
+from worker.engine.runner import ModelRunner, Row, load_runner
 from worker.engine.schema import ChatRequest
 
 CHATML = (
@@ -93,7 +95,7 @@ def chain_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
             model.model.layers[0].self_attn.o_proj.weight.zero_()
             model.model.layers[0].mlp.down_proj.weight.zero_()
             model.lm_head.weight.zero_()
-            for token, successor in zip(chain, chain[1:], strict=False):
+            for token, successor in pairwise(chain):
                 model.lm_head.weight[successor, token] = 1.0
         return save_model(model, tmp_path_factory.mktemp("chain") / "model")
 
@@ -304,3 +306,29 @@ def submit() -> Callable[..., Running]:
         return Running(engine.submit(ChatRequest.model_validate(body | fields), events.put), events)
 
     return submit
+
+
+class FailingRunner:
+    """The real runner, except that forward number `at` raises `error`."""
+
+    def __init__(self, runner: ModelRunner, at: int, error: Exception) -> None:
+        self._runner, self._left, self._error = runner, at, error
+        self.cache, self.device = runner.cache, runner.device
+        self.shapes, self.max_model_len = runner.shapes, runner.max_model_len
+
+    def forward(self, first_slot: int, rows: Sequence[Row]) -> torch.Tensor:
+        self._left -= 1
+        if self._left == 0:
+            raise self._error
+        return self._runner.forward(first_slot, rows)
+
+
+@pytest.fixture
+def failing() -> Callable[[ModelRunner, int, Exception], Any]:
+    """Makes a runner fail at its n-th forward."""
+    return FailingRunner
+
+
+@pytest.fixture
+def runner(model_dir: Path) -> ModelRunner:
+    return load_runner(model_dir, device="cpu", dtype="auto", slots=4, max_model_len=None)[0]

@@ -1,7 +1,7 @@
 """How the decoding loop ends and what it survives, with the real model and a runner that can be made to fail."""
 
 import queue
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +12,8 @@ from transformers import AutoTokenizer
 from worker.engine.errors import EngineDeadError, EngineError, GenerationFailedError
 from worker.engine.generation import Failure, Generation, Limits, Step
 from worker.engine.loop import DecodeLoop
-from worker.engine.runner import ModelRunner, Row, load_runner
+from worker.engine.runner import ModelRunner
 from worker.engine.sampling import Sampling
-
-
-class FailingRunner:
-    """The real runner, except that forward number `at` raises `error`."""
-
-    def __init__(self, runner: ModelRunner, at: int, error: Exception) -> None:
-        self._runner, self._left, self._error = runner, at, error
-        self.cache, self.device = runner.cache, runner.device
-
-    def forward(self, first_slot: int, rows: Sequence[Row]) -> torch.Tensor:
-        self._left -= 1
-        if self._left == 0:
-            raise self._error
-        return self._runner.forward(first_slot, rows)
-
-
-@pytest.fixture
-def runner(model_dir: Path) -> ModelRunner:
-    return load_runner(model_dir, device="cpu", dtype="auto", slots=4, max_model_len=None)[0]
 
 
 @pytest.fixture
@@ -87,16 +68,20 @@ def test_close_fails_what_is_left(runner: ModelRunner, start_loop: Any, generati
         loop.submit(running)
 
 
-def test_internal_error_ends_the_loop_and_is_seen(runner: ModelRunner, start_loop: Any, generation: Any) -> None:
-    loop = start_loop(FailingRunner(runner, 5, ZeroDivisionError("a defect")))
+def test_internal_error_ends_the_loop_and_is_seen(
+    runner: ModelRunner, failing: Any, start_loop: Any, generation: Any
+) -> None:
+    loop = start_loop(failing(runner, 5, ZeroDivisionError("a defect")))
     running, events = generation()
     loop.submit(running)
     assert isinstance(error_of(events), EngineDeadError)
     assert not loop.alive
 
 
-def test_out_of_memory_fails_the_batch_and_not_the_loop(runner: ModelRunner, start_loop: Any, generation: Any) -> None:
-    loop = start_loop(FailingRunner(runner, 5, torch.OutOfMemoryError("no memory")))
+def test_out_of_memory_fails_the_batch_and_not_the_loop(
+    runner: ModelRunner, failing: Any, start_loop: Any, generation: Any
+) -> None:
+    loop = start_loop(failing(runner, 5, torch.OutOfMemoryError("no memory")))
     running, events = generation()
     loop.submit(running)
     assert isinstance(error_of(events), GenerationFailedError)

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -38,6 +38,7 @@ def pieces(tokenizer: Any, ids: list[int]) -> list[str]:
     return [*(text.push(token_id) for token_id in ids), text.flush()]
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_pieces_of_a_text_add_up_to_it(text: str) -> None:
     got = pieces(BYTES, BYTES.encode(text).ids)
@@ -46,14 +47,18 @@ def test_pieces_of_a_text_add_up_to_it(text: str) -> None:
         assert not any("�" in piece for piece in got)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 255), max_size=60))
 def test_pieces_of_any_bytes_add_up_to_the_decoded_text(ids: list[int]) -> None:
     assert "".join(pieces(BYTES, ids)) == BYTES.decode(ids).rstrip("�")
 
 
-@given(st.lists(st.integers(0, 6), max_size=30))
-def test_spaces_survive_tokenizers_that_strip_the_first(ids: list[int]) -> None:
-    assert "".join(pieces(WORDS, ids)) == WORDS.decode(ids).rstrip("�")
+@settings(deadline=None)
+@given(st.lists(st.sampled_from([[0], [1], [2], [3], [4, 5, 6]]), max_size=30))
+def test_spaces_survive_tokenizers_that_strip_the_first(parts: list[list[int]]) -> None:
+    # Whole characters only: this decoder gives up on a run of bytes as soon as one of them is wrong.
+    ids = [token_id for part in parts for token_id in part]
+    assert "".join(pieces(WORDS, ids)) == WORDS.decode(ids)
 
 
 def test_character_comes_when_its_last_byte_is_there() -> None:
@@ -96,6 +101,7 @@ def test_text_ends_before_the_earliest_stop_string(text: str, stops: list[str], 
     assert reached == stop
 
 
+@settings(deadline=None)
 @given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
 def test_stop_strings_against_a_search_in_the_whole_text(text: str, stops: list[str]) -> None:
     # The reference looks at every prefix of the text in turn, as a generation does.
