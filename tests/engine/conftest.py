@@ -64,7 +64,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Qwen3 with grouped-query attention; large initial weights, so that its choices are clear-cut."""
     config = Qwen3Config(
         vocab_size=259, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=512, tie_word_embeddings=False,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=4096, tie_word_embeddings=False,
         initializer_range=0.2,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -204,7 +204,7 @@ def start_engine(adapters_root: Path) -> Iterator[Callable[..., Engine]]:
 
 @pytest.fixture
 def engine(start_engine: Callable[..., Engine], model_dir: Path) -> Engine:
-    return start_engine(model_dir)
+    return start_engine(model_dir, max_model_len=512)
 
 
 @pytest.fixture
@@ -295,15 +295,25 @@ class Running:
 
 @pytest.fixture
 def submit() -> Callable[..., Running]:
-    """Starts a greedy generation on an engine; keyword arguments override the request."""
+    """Starts a greedy generation on an engine; keyword arguments override the request.
 
-    def submit(engine: Engine, content: str = "hello", **fields: Any) -> Running:
+    `seen` is called on the decoding thread, once for each token.
+    """
+
+    def submit(
+        engine: Engine, content: str = "hello", seen: Callable[[], None] = lambda: None, **fields: Any
+    ) -> Running:
         body = {
             "model": "base", "messages": [{"role": "user", "content": content}], "max_tokens": 20, "temperature": 0,
             "ignore_eos": True,
         }  # fmt: skip
         events: queue.SimpleQueue[Step | Failure] = queue.SimpleQueue()
-        return Running(engine.submit(ChatRequest.model_validate(body | fields), events.put), events)
+
+        def sink(event: Step | Failure) -> None:
+            seen()
+            events.put(event)
+
+        return Running(engine.submit(ChatRequest.model_validate(body | fields), sink), events)
 
     return submit
 

@@ -257,7 +257,7 @@ def test_template_that_refuses_is_a_bad_request(
 
 def test_full_queue_is_503(start_engine: Callable[..., Engine], model_dir: Path, submit: Any) -> None:
     engine = start_engine(model_dir, max_num_seqs=1, max_waiting=1)
-    submit(engine, max_tokens=300).next()
+    submit(engine, max_tokens=4000).next()
     submit(engine)
     response = chat(TestClient(create_app(engine)))
     assert response.status_code == 503
