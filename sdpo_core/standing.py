@@ -22,8 +22,10 @@ from sdpo_core.policy import Policy, response_logits
 from sdpo_core.samples import micro_batches, token_batch
 from sdpo_core.teacher_context import DEFAULT_TEMPLATE, ContextTemplate, teacher_messages, usable_remarks
 
-DEFAULT_EPS = 0.02
-"""Mean KL in nats per response token below which a remark changes nothing. Measured: docs/algorithm.md."""
+DEFAULT_EPS = 0.05
+"""Mean KL in nats per response token below which a remark alone changes nothing. Measured: docs/algorithm.md."""
+DEFAULT_SHARE = 0.2
+"""A remark that alone has effect e adds something beside newer ones if it still has more than this share of e."""
 
 Effect = Callable[[Sequence[str], Sequence[str]], float]
 """effect(without, with_): how much the teacher's answers change when `with_` is told instead of `without`, >= 0."""
@@ -61,27 +63,33 @@ def merge(
     return kept[::-1]
 
 
-def select(standing: Sequence[str], new: Sequence[str], effect: Effect, eps: float = DEFAULT_EPS) -> Standing:
+def select(
+    standing: Sequence[str],
+    new: Sequence[str],
+    effect: Effect,
+    *,
+    eps: float = DEFAULT_EPS,
+    share: float = DEFAULT_SHARE,
+) -> Standing:
     """Which remarks stand after a batch. `new` are the batch's own, in order; of a repeat the newest place counts.
 
-    Newest first, each remark is heard in front of the newer ones. If it changes the teacher's answers it stands. If it
-    does not, although alone it would, a newer remark says the same or the opposite: it is dropped. A remark that
-    changes nothing even alone is silent: it stays in the room while older ones are judged (it may be what contradicts
-    them), then a new one goes, as praise does; an older one stays, since these prompts may just not be what it is
-    about.
+    Newest first, each remark is heard alone and in front of the newer ones. If it adds to them it stands. If it adds
+    nothing, although alone it would change the answers, a newer remark says the same or the opposite: it is dropped.
+    A remark that changes nothing even alone is silent: it stays in the room while older ones are judged (it may be
+    what contradicts them), then a new one goes, as praise does; an older one stays, since these prompts may just not
+    be what it is about.
     """
-    candidates = usable_remarks([*standing, *new])
     older = set(usable_remarks(standing)) - set(usable_remarks(new))
     told: list[str] = []
     silent: list[str] = []
     dropped: list[tuple[str, Why]] = []
-    for remark in reversed(candidates):
-        changes = effect(told, [remark, *told]) >= eps
-        if not changes and told and effect([], [remark]) >= eps:
+    for remark in reversed(usable_remarks([*standing, *new])):
+        alone = effect([], [remark])
+        if alone < eps:
+            silent.insert(0, remark)
+        elif told and effect(told, [remark, *told]) < share * alone:
             dropped.append((remark, "repeated_or_contradicted"))
             continue
-        if not changes:
-            silent.insert(0, remark)
         told.insert(0, remark)
     for remark in silent:
         rest = [r for r in told if r != remark]
@@ -144,6 +152,7 @@ def update_standing(
     probes: Sequence[Probe],
     *,
     eps: float = DEFAULT_EPS,
+    share: float = DEFAULT_SHARE,
     max_items: int = 32,
     max_tokens: int = 1024,
     max_probes: int = 8,
@@ -164,7 +173,9 @@ def update_standing(
     stride = max(1, -(-len(answered) // max_probes))
     effect = teacher_effect(policy, tokenizer, answered[::stride])
     fresh = set(usable_remarks(new))
-    chosen = select([r for r in merged if r not in fresh], [r for r in merged if r in fresh], effect, eps)
+    chosen = select(
+        [r for r in merged if r not in fresh], [r for r in merged if r in fresh], effect, eps=eps, share=share
+    )
     return Standing(chosen.remarks, over + chosen.dropped)
 
 
