@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import random
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from enum import Enum
 from typing import TypeVar
@@ -28,7 +29,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 MIN_BEAT_SECONDS = 0.25
 """Fresh metrics are sent early, but not more often than this."""
-RELEASE_SECONDS = 2.0
+PARTING_SECONDS = 2.0
 MAX_METRICS_PER_BEAT = 256
 
 
@@ -39,6 +40,7 @@ class LeaseEnd(Enum):
     CANCELLED = "cancelled"
     SILENT = "service silent for longer than the lease and the patience after it"
     REFUSED = "the service does not take the heartbeat"
+    STALLED = "no sign of life from the training process"
 
 
 def backoff(first: float = 0.2, most: float = 5.0) -> Iterator[float]:
@@ -69,6 +71,7 @@ class Attempt:
         self._progress: JobProgress | None = None
         self._news = asyncio.Event()
         self._commit_sent = False
+        self._last_heard = time.monotonic()
 
     async def run(self) -> None:
         """Train and commit under the lease, or give it up. Leaves the trainer idle or dead."""
@@ -157,16 +160,17 @@ class Attempt:
 
     async def _heartbeats(self) -> LeaseEnd:
         """Beat until the lease ends. UnauthorisedError travels."""
-        clock = asyncio.get_running_loop().time
         pause = self._lease.lease_seconds / 3
-        deadline = clock() + self._lease.lease_seconds + self._settings.outage_patience_seconds
+        deadline = time.monotonic() + self._lease.lease_seconds + self._settings.outage_patience_seconds
         sent = 0
         while True:
             await self._wait_for_beat(pause)
+            if not self._commit_sent and time.monotonic() - self._last_heard > self._settings.stall_seconds:
+                return LeaseEnd.STALLED
             self._news.clear()
             upto = min(len(self._metrics), sent + MAX_METRICS_PER_BEAT)
             beat = Heartbeat(token=self._lease.token, progress=self._progress, metrics=self._metrics[sent:upto])
-            began = clock()
+            began = time.monotonic()
             try:
                 reply = await self._client.heartbeat(self._lease.run_id, beat)
             except LeaseLostError:
@@ -175,7 +179,7 @@ class Attempt:
                 log.error("run %s: %s", self._lease.run_id, error)
                 return LeaseEnd.REFUSED
             except ServiceUnavailableError:
-                if clock() > deadline:
+                if time.monotonic() > deadline:
                     return LeaseEnd.SILENT
                 pause = min(pause, 1.0)
                 continue
@@ -192,6 +196,7 @@ class Attempt:
             await asyncio.wait_for(self._news.wait(), interval - shortest)
 
     def _hear(self, event: Progress | Step) -> None:
+        self._last_heard = time.monotonic()
         if isinstance(event, Step):
             self._metrics.append(event.metrics)
         else:
@@ -205,17 +210,26 @@ class Attempt:
         else:
             await self._trainer.kill()
         self._discard()
+        if end is LeaseEnd.STALLED:
+            await self._parting(self._client.fail(self._lease.run_id, self._stalled()))
 
     async def _release(self) -> None:
         """Shutdown: the job goes back to the queue at once instead of waiting for the lease to run out."""
         await self._trainer.stop(self._settings.stop_grace_seconds)
         self._discard()
+        await self._parting(self._client.release(self._lease.run_id, self._lease.token))
+
+    async def _parting(self, call: Awaitable[None]) -> None:
+        """The last word on a lease, said once: if it is not heard, the lease runs out by itself."""
         try:
-            async with asyncio.timeout(RELEASE_SECONDS):
-                await self._client.release(self._lease.run_id, self._lease.token)
-            log.info("run %s: released", self._lease.run_id)
-        except (ServiceUnavailableError, LeaseLostError, RefusedError, TimeoutError):
-            log.info("run %s: not released, its lease will run out", self._lease.run_id)
+            async with asyncio.timeout(PARTING_SECONDS):
+                await call
+        except (ServiceUnavailableError, LeaseLostError, RefusedError, TimeoutError) as error:
+            log.info("run %s: %s, its lease will run out", self._lease.run_id, type(error).__name__)
+
+    def _stalled(self) -> FailRequest:
+        error = JobError(code="trainer_stalled", message=f"{LeaseEnd.STALLED.value}: it was killed")
+        return FailRequest(token=self._lease.token, error=error, retryable=True)
 
     def _discard(self) -> None:
         s, lease = self._settings, self._lease

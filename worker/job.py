@@ -16,19 +16,21 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from torch.optim import AdamW
 
 from api_schemas.worker import FileEntry, ItemReport, Lease
 from sdpo_core.errors import AdapterError, SampleError
 from sdpo_core.loop import BatchResult, StepMetrics, train_batch
-from sdpo_core.lora import LoraPolicy, attached, save_lora
+from sdpo_core.lora import LoraPolicy, LoraSpec, attached, save_lora
 from sdpo_core.optimizer import load_optimizer, make_optimizer, save_optimizer
 from sdpo_core.options import Options
 from sdpo_core.samples import Sample
+from sdpo_core.standing import update_standing
 from worker.base_model import BaseModel
 from worker.card import write_card, write_provenance
 from worker.errors import StoppedError, TrainingFailedError
-from worker.items import samples_of, standing_after
+from worker.items import probes_of, samples_of
 from worker.mapping import lora_of, options_of, wire_metrics
 from worker.messages import Done, Progress, Step
 from worker.parent import base_mismatch, verified_parent
@@ -46,7 +48,6 @@ class _Prepared:
     options: Options
     parent: Path | None
     samples: list[Sample]
-    standing: list[str]
 
 
 def run_job(lease: Lease, base: BaseModel, root: Path, *, report: Report, should_stop: Callable[[], bool]) -> Done:
@@ -57,7 +58,7 @@ def run_job(lease: Lease, base: BaseModel, root: Path, *, report: Report, should
     """
     with _named_failures():
         job = _prepare(lease, base, root)
-        source = job.parent / "adapter" if job.parent else lora_of(lease.lora, lease.seed)
+        source = job.parent / "adapter" if job.parent else _fresh_lora(lease, base)
         torch.manual_seed(lease.seed)
         with attached(base.module, source) as policy:
             optimizer = _optimizer(policy, job)
@@ -65,12 +66,13 @@ def run_job(lease: Lease, base: BaseModel, root: Path, *, report: Report, should
             result = _train(policy, optimizer, job, report, should_stop)
             seconds = time.monotonic() - started
             report(Progress(run_id=lease.run_id, phase="writing", step=len(result.steps), steps=job.options.steps))
-            files = _write(policy, optimizer, job, root)
+            standing = _standing(policy, job, base)
+            files = _write(policy, optimizer, job, root, len(standing))
     return Done(
         run_id=lease.run_id,
         uri=f"{lease.adapter_id}/{lease.run_id}",
         files=files,
-        standing_feedback=job.standing,
+        standing_feedback=standing,
         items=_item_reports(job, result),
         training_seconds=seconds,
     )
@@ -85,8 +87,15 @@ def _prepare(lease: Lease, base: BaseModel, root: Path) -> _Prepared:
         options=options_of(lease.training),
         parent=verified_parent(root, lease),
         samples=samples_of(lease, base),
-        standing=standing_after(lease),
     )
+
+
+def _fresh_lora(lease: Lease, base: BaseModel) -> LoraSpec:
+    """A new adapter. Raises AdapterError for a target module that the base model has no linear layer of."""
+    present = {name.rsplit(".")[-1] for name, module in base.module.named_modules() if isinstance(module, nn.Linear)}
+    if absent := sorted(set(lease.lora.target_modules) - present):
+        raise AdapterError(f"the base model has no linear layer {absent[0]!r}: create the adapter with other modules")
+    return lora_of(lease.lora, lease.seed)
 
 
 def _optimizer(policy: LoraPolicy, job: _Prepared) -> AdamW:
@@ -119,7 +128,15 @@ def _train(
     return result
 
 
-def _write(policy: LoraPolicy, optimizer: AdamW, job: _Prepared, root: Path) -> list[FileEntry]:
+def _standing(policy: LoraPolicy, job: _Prepared, base: BaseModel) -> list[str]:
+    """What the next batch's teacher is told besides its own remarks. Remarks on one answer alone never join."""
+    lease = job.lease
+    new = [item.feedback for item in lease.items if item.standing]
+    probes = probes_of(lease, job.samples)
+    return list(update_standing(policy, base.tokenizer, lease.standing_feedback, new, probes).remarks)
+
+
+def _write(policy: LoraPolicy, optimizer: AdamW, job: _Prepared, root: Path, standing_count: int) -> list[FileEntry]:
     """The version directory, durable and under its final name. A batch that taught nothing is written as well: its
     version equals its parent, and the batch counts as applied."""
     lease = job.lease
@@ -127,7 +144,7 @@ def _write(policy: LoraPolicy, optimizer: AdamW, job: _Prepared, root: Path) -> 
     create_staging(staging)
     save_lora(policy, staging / "adapter", base_model_name_or_path=lease.base_model)
     write_card(staging / "adapter", lease)
-    write_provenance(staging / "adapter", lease, job.options.as_dict(), len(job.standing))
+    write_provenance(staging / "adapter", lease, job.options.as_dict(), standing_count)
     save_optimizer(policy, optimizer, staging / "trainer")
     return publish(staging, directory_of(root, f"{lease.adapter_id}/{lease.run_id}"))
 

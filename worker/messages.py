@@ -102,12 +102,15 @@ def frame(message: _Message) -> bytes:
 def _length(header: bytes) -> int:
     size: int = _LENGTH.unpack(header)[0]
     if size > MAX_FRAME_BYTES:
-        raise EOFError(f"a frame of {size} bytes: the stream is out of step")
+        raise ValueError(f"a frame of {size} bytes: the stream is out of step")
     return size
 
 
 def read_command(stream: BinaryIO) -> Train | Stop | None:
-    """The next command of a blocking, buffered stream; None at its end. Raises EOFError for a torn frame."""
+    """The next command of a blocking, buffered stream; None at its end.
+
+    Raises EOFError for a torn frame and ValueError for one that is no command.
+    """
     header = stream.read(_LENGTH.size)
     if not header:
         return None
@@ -120,9 +123,12 @@ def read_command(stream: BinaryIO) -> Train | Stop | None:
 
 
 async def read_event(stream: asyncio.StreamReader) -> Ready | Progress | Step | Done | Failed | Stopped | None:
-    """The next event; None once the trainer is gone, also when it died inside a frame."""
+    """The next event; None once the trainer is gone, also when it died inside a frame.
+
+    Raises ValueError for a frame that is no event.
+    """
     try:
         header = await stream.readexactly(_LENGTH.size)
         return _EVENT.validate_json(await stream.readexactly(_length(header)))
-    except (asyncio.IncompleteReadError, ConnectionError, EOFError):
+    except (asyncio.IncompleteReadError, ConnectionError):
         return None

@@ -47,6 +47,8 @@ class WorkerSettings(BaseSettings):
     """How long one lease request waits for work. A shutdown waits for it, so that no granted lease is orphaned."""
     stop_grace_seconds: Annotated[float, Field(gt=0, le=60)] = 2.0
     """How long the training process may take to stop between two steps before it is killed."""
+    stall_seconds: Annotated[float, Field(gt=0)] = 1800.0
+    """A training process that has said nothing for this long is taken for stuck: its job fails and may be retried."""
     outage_patience_seconds: Annotated[float, Field(ge=0)] = 60.0
     """How long past its lease a run goes on while the service does not answer. Only the service's token check decides
     who may commit, so patience costs work at most, never correctness."""

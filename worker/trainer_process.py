@@ -143,11 +143,15 @@ class TrainerProcess:
     async def _listen(
         self, process: Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, ready: asyncio.Future[Ready]
     ) -> None:
-        while (event := await read_event(reader)) is not None:
-            if isinstance(event, Ready):
-                ready.set_result(event)
-            else:
-                self._deliver(event)
+        try:
+            while (event := await read_event(reader)) is not None:
+                if isinstance(event, Ready):
+                    ready.set_result(event)
+                else:
+                    self._deliver(event)
+        except ValueError as error:
+            log.error("the training process does not speak the protocol: %s", type(error).__name__)
+            process.kill()
         writer.close()
         died = TrainerDiedError(_epitaph(await process.wait()))
         log.info("training process gone pid=%d: %s", process.pid, died)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,7 +70,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = Qwen3Config(
         vocab_size=len(words), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, head_dim=16, max_position_embeddings=1024, tie_word_embeddings=False,
-        initializer_range=0.1, eos_token_id=2, pad_token_id=0, bos_token_id=None,
+        initializer_range=0.3, eos_token_id=2, pad_token_id=0, bos_token_id=None,
     )  # fmt: skip
     path = tmp_path_factory.mktemp("base") / "tiny"
     Qwen3ForCausalLM(config).save_pretrained(path)
@@ -161,6 +163,7 @@ class Head:
 
     token: int = 0
     holder: str | None = None
+    until: float = 0.0
     versions: list[ParentVersion] = field(default_factory=list)
     standing: list[str] = field(default_factory=list)
 
@@ -168,7 +171,7 @@ class Head:
 class CutResponse(Response):
     """Announces a body and then closes the connection: an acknowledgement that never arrives."""
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    async def __call__(self, _scope: Any, _receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"64")]})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -243,7 +246,8 @@ class FakeService:
             head.token += 1
             run_id = f"run_{len(self.runs) + 1}"
             self.runs[run_id] = (job, head.token)
-            head.holder, job.run_id, job.state = run_id, run_id, "running"
+            head.holder, head.until = run_id, time.monotonic() + self.lease_seconds
+            job.run_id, job.state = run_id, "running"
             self.changed.notify_all()
             return Lease(
                 run_id=run_id, token=head.token, lease_seconds=self.lease_seconds, adapter_id=job.adapter_id,
@@ -253,9 +257,12 @@ class FakeService:
             )  # fmt: skip
 
     def _claimable(self, request: LeaseRequest) -> Job | None:
+        for head in self.heads.values():
+            if head.holder and head.until < time.monotonic():  # its worker is dead or frozen
+                self.runs[head.holder][0].state, head.holder = "queued", None
         held = {name for name, head in self.heads.items() if head.holder}
-        free = (j for j in self.jobs if j.state == "queued" and j.adapter_id not in held)
-        return next(free, None)
+        wanted = (j for j in self.jobs if j.base_model == request.base_model and j.state == "queued")
+        return next((j for j in wanted if j.adapter_id not in held), None)
 
     def held(self, run_id: str, token: int) -> tuple[Job, Head] | JSONResponse:
         if run_id not in self.runs:
@@ -272,6 +279,7 @@ class FakeService:
             return found
         job, head = found
         job.beats.append(beat)
+        head.until = time.monotonic() + self.lease_seconds
         if cancelled := self.jobs.index(job) in self.cancel:
             head.holder, job.state = None, "cancelled"
         return reply(HeartbeatReply(lease_seconds=self.lease_seconds, cancelled=cancelled))
@@ -441,17 +449,23 @@ def worker(service: FakeService, model_dir: Path, tmp_path_factory: pytest.TempP
 
 
 @pytest.fixture
-def another_worker(service: FakeService, model_dir: Path, tmp_path: Path) -> Iterator[Callable[..., WorkerProcess]]:
+def make_worker(service: FakeService, tmp_path: Path) -> Iterator[Callable[..., WorkerProcess]]:
     """Start workers that a test may end as it likes."""
     held: list[Iterator[WorkerProcess]] = []
 
-    def start(**options: Any) -> WorkerProcess:
-        held.append(start_worker(service, model_dir, tmp_path / f"worker-{len(held)}.log", **options))
+    def start(model: Path, **options: Any) -> WorkerProcess:
+        held.append(start_worker(service, model, tmp_path / f"worker-{len(held)}.log", **options))
         return next(held[-1])
 
     yield start
     for running in held:
         next(running, None)
+
+
+@pytest.fixture
+def another_worker(make_worker: Callable[..., WorkerProcess], model_dir: Path) -> Callable[..., WorkerProcess]:
+    """Like `make_worker`, with the tiny model."""
+    return lambda **options: make_worker(model_dir, **options)
 
 
 def exited(pid: int) -> None:
@@ -461,8 +475,6 @@ def exited(pid: int) -> None:
     except ProcessLookupError:
         return
     try:
-        import select
-
         assert select.select([descriptor], [], [], PATIENCE)[0], f"process {pid} is still there"
     finally:
         os.close(descriptor)

@@ -121,11 +121,6 @@ def test_a_changed_parent_is_refused(worker: Any, service: Any) -> None:
     assert job.error["retryable"] is False
 
 
-def test_another_base_is_refused(worker: Any, service: Any) -> None:
-    job = service.wait_for_state(service.enqueue("adp_other", base_model="another/base"), "failed")
-    assert (job.error["code"], job.error["retryable"]) == ("base_mismatch", False)
-
-
 def test_an_overlong_context_names_both_lengths(worker: Any, service: Any, make_item: Any) -> None:
     item = make_item(1, feedback="x" * 2000, response_token_ids=[5] * 77, prompt_token_ids=[4] * 9)
     job = service.wait_for_state(service.enqueue("adp_long", [item]), "failed")
