@@ -37,7 +37,7 @@ def test_official_client_chats_and_streams(official: openai.OpenAI, reference: A
     whole = official.chat.completions.create(
         model="base", messages=messages, temperature=0, max_tokens=30, logprobs=True, top_logprobs=2, extra_body=extra
     )
-    assert whole.choices[0].token_ids == reference.greedy("hello", 30)  # type: ignore[attr-defined]
+    assert whole.choices[0].token_ids == reference.greedy("hello", 30)
     assert len(whole.choices[0].logprobs.content[0].top_logprobs) == 2
     chunks = list(
         official.chat.completions.create(

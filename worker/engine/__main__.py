@@ -1,4 +1,4 @@
-"""`python -m worker.engine`: serve a model directory. See README of the repository for the options' meaning."""
+"""Serve a model directory and its LoRA adapters with the part of vLLM's HTTP protocol that Perennial uses."""
 
 import argparse
 import logging

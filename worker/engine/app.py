@@ -7,6 +7,7 @@ from importlib import metadata
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 
 from worker.engine.engine import Engine
@@ -64,7 +65,10 @@ def create_app(engine: Engine) -> FastAPI:
         if body.stream:
             usage = body.stream_options is not None and body.stream_options.include_usage
             events = _events(generation, stream, answer, include_usage=usage)
-            return StreamingResponse(events, media_type="text/event-stream")
+            # The background task runs even when the client hung up before the first chunk was asked for.
+            return StreamingResponse(
+                events, media_type="text/event-stream", background=BackgroundTask(_abort, generation)
+            )
         steps = await _unless_gone(request, generation, stream)
         return Response(status_code=_CLIENT_GONE) if steps is None else JSONResponse(answer.completion(steps))
 
@@ -168,6 +172,10 @@ async def _unless_gone(request: Request, generation: Generation, stream: TokenSt
         generation.aborted = True
         answered.cancel()
         gone.cancel()
+
+
+async def _abort(generation: Generation) -> None:
+    generation.aborted = True
 
 
 async def _disconnected(request: Request) -> None:
