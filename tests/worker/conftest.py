@@ -403,20 +403,22 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeService]:
 class WorkerProcess:
     """`python -m worker` as an operator runs it, its log in a file."""
 
-    def __init__(self, service: FakeService, model_dir: Path, log: Path, token: str = TOKEN) -> None:
+    def __init__(
+        self, service: FakeService, model_dir: Path, log: Path, token: str = TOKEN, **environment: str
+    ) -> None:
         self.log_path = log
         flags = {
             "--service-url": service.url, "--model": model_dir, "--base-model": BASE,
             "--adapters-root": service.root, "--worker-id": "w1", "--device": "cpu", "--threads": 1,
         }  # fmt: skip
-        environment = os.environ | {
+        settings = os.environ | {
             "PERENNIAL_WORKER_TOKEN": token, "PERENNIAL_WORKER_POLL_SECONDS": "0.2",
             "PERENNIAL_WORKER_OUTAGE_PATIENCE_SECONDS": "30", "OMP_NUM_THREADS": "1",
-        }  # fmt: skip
+        } | environment  # fmt: skip
         with log.open("wb") as stream:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "worker", *(str(w) for pair in flags.items() for w in pair)],
-                cwd=REPOSITORY, env=environment, stderr=stream, stdout=stream, start_new_session=True,
+                cwd=REPOSITORY, env=settings, stderr=stream, stdout=stream, start_new_session=True,
             )  # fmt: skip
 
     @property

@@ -87,3 +87,41 @@ def test_a_base_model_that_cannot_be_loaded_leases_nothing(service: Any, tmp_pat
     assert "base model could not be loaded" in worker.log
     assert service.jobs[job].state == "queued"
     service.jobs[job].state = "withdrawn"
+
+
+def test_a_stuck_trainer_is_replaced(service: Any, another_worker: Any, long_job: Any) -> None:
+    worker = another_worker(PERENNIAL_WORKER_STALL_SECONDS="2")
+    job = long_job("adp_stuck")
+    service.wait_for_steps(job)
+    [trainer] = worker.children()
+    os.kill(trainer, signal.SIGSTOP)
+    failed = service.wait_for_state(job, "failed")
+    assert (failed.error["code"], failed.error["retryable"]) == ("trainer_stalled", True)
+    service.wait_for_state(service.enqueue("adp_unstuck"), "succeeded")
+
+
+def test_an_outage_within_the_patience_costs_nothing(service: Any, another_worker: Any, long_job: Any) -> None:
+    another_worker()
+    job = long_job("adp_outage")
+    run_id = service.wait_for_steps(job).run_id
+    service.unavailable = 6
+    service.wait(lambda: service.unavailable == 0)
+    beats = len(service.jobs[job].beats)
+    service.wait(lambda: len(service.jobs[job].beats) > beats, "no heartbeat after the outage")
+    assert service.jobs[job].run_id == run_id
+    service.fence(job)
+
+
+def test_an_outage_beyond_the_patience_ends_the_run(
+    service: Any, another_worker: Any, long_job: Any, wait_for_exit: Any
+) -> None:
+    worker = another_worker(PERENNIAL_WORKER_OUTAGE_PATIENCE_SECONDS="0.5")
+    job = long_job("adp_silence")
+    service.wait_for_steps(job)
+    [trainer] = worker.children()
+    service.unavailable = 1_000_000
+    wait_for_exit(trainer)
+    service.jobs[job].training = service.jobs[job].training.model_copy(update={"steps": 1})
+    service.unavailable = 0
+    service.wait_for_state(job, "succeeded")
+    assert len(service.heads["adp_silence"].versions) == 1
