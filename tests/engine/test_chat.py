@@ -275,3 +275,26 @@ def test_broken_adapter_is_500_and_an_error_event_in_a_stream(
     *_, last = read_stream(chat(client, model="huge", stream=True).text)
     assert last["error"]["code"] == 500
     assert chat(client).status_code == 200
+
+
+def test_tokenize_counts_what_a_chat_would_have(client: TestClient, reference: Any) -> None:
+    answer = client.post("/tokenize", json={"model": "base", "messages": HELLO}).json()
+    assert answer["tokens"] == reference.prompt("hello")
+    assert (answer["count"], answer["max_model_len"]) == (len(answer["tokens"]), 512)
+    plain = client.post("/tokenize", json={"prompt": "hello", "add_special_tokens": False}).json()
+    assert plain["tokens"] == reference.tokenizer("hello")["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ({"model": "nobody", "prompt": "x"}, 404),
+        ({"model": "base"}, 400),
+        ({"prompt": "x", "messages": HELLO}, 400),
+        ({"messages": []}, 400),
+    ],
+)
+def test_tokenize_refuses(client: TestClient, body: dict[str, Any], status: int) -> None:
+    response = client.post("/tokenize", json=body)
+    assert response.status_code == status
+    assert response.json()["error"]["code"] == status

@@ -14,7 +14,7 @@ from worker.engine.engine import Engine
 from worker.engine.errors import BadRequestError, EngineError
 from worker.engine.generation import Failure, Generation, Step
 from worker.engine.responses import DONE, Answer, error_body, sse
-from worker.engine.schema import ChatRequest, LoadRequest, UnloadRequest
+from worker.engine.schema import ChatRequest, LoadRequest, TokenizeRequest, UnloadRequest
 
 _CLIENT_GONE = 499
 
@@ -87,6 +87,11 @@ def _add_information(app: FastAPI, engine: Engine) -> None:
     @app.get("/v1/models")
     async def models() -> dict[str, object]:
         return {"object": "list", "data": engine.models()}
+
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> dict[str, object]:
+        tokens = engine.tokenize(body)
+        return {"count": len(tokens), "max_model_len": engine.max_model_len, "tokens": tokens, "token_strs": None}
 
     @app.get("/metrics")
     async def metrics() -> PlainTextResponse:

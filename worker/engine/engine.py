@@ -16,7 +16,7 @@ from worker.engine.lora import LoraWeights
 from worker.engine.registry import AdapterRegistry
 from worker.engine.runner import ModelRunner, load_runner
 from worker.engine.sampling import Sampling
-from worker.engine.schema import ChatRequest
+from worker.engine.schema import ChatRequest, TokenizeRequest
 from worker.engine.tokenizer import ChatTokenizer, generation_defaults
 
 
@@ -85,6 +85,15 @@ class Engine:
         """The base model and every adapter in the shape of vLLM's /v1/models."""
         base = self._card(self.name, str(self._settings.model), None, self._created)
         return [base, *(self._card(it.name, it.path, self.name, it.created) for it in self._adapters.list())]
+
+    def tokenize(self, request: TokenizeRequest) -> list[int]:
+        """Token ids as a chat with the same messages would have them, or of a plain text. Raises as `submit`."""
+        if request.model is not None:
+            self._weights_of(request.model)
+        if request.messages is None:
+            return self.tokenizer.text_ids(request.prompt or "", special=request.add_special_tokens is not False)
+        messages = [message.rendered() for message in request.messages]
+        return self.tokenizer.prompt_ids(messages, generation_prompt=request.add_generation_prompt)
 
     def submit(self, request: ChatRequest, sink: Sink) -> Generation:
         """Start answering; the tokens go to `sink`, called on the decoding thread.

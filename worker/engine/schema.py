@@ -2,9 +2,9 @@
 the answer and that this engine does not compute are refused by name."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from worker.engine.errors import BadRequestError
 
@@ -134,3 +134,19 @@ class UnloadRequest(BaseModel):
     """POST /v1/unload_lora_adapter."""
 
     lora_name: str = Field(min_length=1)
+
+
+class TokenizeRequest(BaseModel):
+    """POST /tokenize: either a plain text or a conversation, as in vLLM."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = Field(default=None, min_length=1)
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool = True
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either prompt or messages")
+        return self

@@ -25,16 +25,22 @@ class ChatTokenizer:
         self._copy = Tokenizer.from_str(self._tokenizer.backend_tokenizer.to_str())
         self.eos_token_id: int | None = self._tokenizer.eos_token_id
 
-    def prompt_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of the rendered chat template, ready for the assistant's answer.
+    def prompt_ids(self, messages: Sequence[Mapping[str, str]], *, generation_prompt: bool = True) -> list[int]:
+        """Token ids of the rendered chat template, ready for the assistant's answer unless told otherwise.
 
         Raises BadRequestError where the template refuses the messages.
         """
         try:
-            text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+            text = self._tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=generation_prompt
+            )
         except (TemplateError, TypeError, ValueError) as error:
             raise BadRequestError(f"The chat template refused the messages: {error}", param="messages") from error
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.text_ids(text, special=False)
+
+    def text_ids(self, text: str, *, special: bool) -> list[int]:
+        """Token ids of a plain text; `special` adds what the tokenizer puts around every text, if anything."""
+        ids: list[int] = self._tokenizer(text, add_special_tokens=special)["input_ids"]
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
