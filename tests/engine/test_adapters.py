@@ -4,6 +4,7 @@ import json
 import pickle
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from safetensors.torch import load_file, save_file
 from starlette.testclient import TestClient
 
 from worker.engine.engine import Engine
+from worker.engine.errors import BadRequestError
+from worker.engine.lora import LoraWeights
+from worker.engine.registry import AdapterRegistry
 
 WEIGHTS = "adapter_model.safetensors"
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -226,6 +230,30 @@ def test_loading_does_not_disturb_running_requests(
         loader.join()
     assert begun + running.tokens() == reference.greedy("undisturbed", 300)
     assert len(engine.models()) == 5
+
+
+def test_two_calls_for_one_name_load_it_once(tmp_path: Path) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    reads: list[Path] = []
+
+    def read(path: Path) -> LoraWeights:
+        reads.append(path)
+        begun.set()
+        assert go_on.wait(30)
+        return LoraWeights({})
+
+    registry = AdapterRegistry(tmp_path, read, reserved="base")
+    (tmp_path / "a").mkdir()
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(registry.load, "v1", str(tmp_path / "a"), 0)
+        assert begun.wait(30)
+        second = pool.submit(registry.load, "v1", str(tmp_path / "a"), 0)
+        assert registry.get("v1") is None  # requests are not held up meanwhile
+        go_on.set()
+        first.result(30)
+        with pytest.raises(BadRequestError, match="already been loaded"):
+            second.result(30)
+    assert len(reads) == 1
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ class AdapterRegistry:
         self._root = root.resolve()
         self._read = read
         self._reserved = reserved
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._loading: set[str] = set()
         self._served: dict[str, ServedAdapter] = {}
 
@@ -36,7 +36,9 @@ class AdapterRegistry:
         Raises BadRequestError (name taken), ForbiddenPathError, NotFoundError or AdapterLoadError.
         """
         with self._lock:
-            if name == self._reserved or name in self._served or name in self._loading:
+            # A second call for a name that is just being loaded waits, as in vLLM, and then finds it taken or free.
+            self._lock.wait_for(lambda: name not in self._loading)
+            if name == self._reserved or name in self._served:
                 raise BadRequestError(f"The lora adapter '{name}' has already been loaded.", param="lora_name")
             self._loading.add(name)
         try:
@@ -46,6 +48,7 @@ class AdapterRegistry:
         finally:
             with self._lock:
                 self._loading.discard(name)
+                self._lock.notify_all()
 
     def unload(self, name: str) -> None:
         """Forget `name`; requests that are being answered keep the weights. Raises NotFoundError."""
