@@ -16,7 +16,7 @@ class Request(BaseModel):
 class Response(BaseModel):
     """What a client receives: unknown fields are dropped, so old clients survive new servers."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True)
+    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
 
 
 def _storable(text: str) -> str:

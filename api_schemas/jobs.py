@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Generic, Literal, TypeVar
+from typing import Annotated, Generic, Literal, TypeVar
+
+from pydantic import Field
 
 from api_schemas.base import Response
 
@@ -13,7 +15,7 @@ T = TypeVar("T")
 class StepMetrics(Response):
     """One optimizer step. Unknown numbers of newer workers pass through in `extra`."""
 
-    step: int
+    step: Annotated[int, Field(ge=0, lt=2**31)]
     loss: float
     gap: float | None = None
     """Mean divergence from teacher to student per response token, nats."""

@@ -30,9 +30,9 @@ class TrainingSettings(Request):
     refresh: bool | None = None
     """Recompute behaviour log-probs between steps."""
     base_kl_weight: Annotated[float, Field(ge=0, le=10)] | None = None
-    learning_rate: Annotated[float, Field(gt=0, le=0.1)] | None = None
+    learning_rate: Annotated[float, Field(ge=1e-9, le=0.1)] | None = None
     weight_decay: Annotated[float, Field(ge=0, le=1)] | None = None
-    max_grad_norm: Annotated[float, Field(gt=0, le=1000)] | None = None
+    max_grad_norm: Annotated[float, Field(ge=1e-6, le=1000)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
 
 
@@ -70,6 +70,8 @@ def refusal_of(s: ResolvedTraining) -> str | None:
         return None
     if s.outside == "renormalise" and s.top_k == 1:
         return "top_k 1 renormalised is identically zero: set outside to 'tail' or raise top_k"
+    if s.outside == "renormalise" and s.support == "teacher_topk" and s.alpha == 0.0:
+        return "alpha 0 renormalised over the teacher's top-k does not hold the student back: set outside to 'tail'"
     if s.support == "student_topk" and s.alpha == 0.0:
         return "alpha 0 on the student's own top-k collapses to empty answers: use support 'teacher_topk'"
     return None
@@ -77,10 +79,10 @@ def refusal_of(s: ResolvedTraining) -> str | None:
 
 _DEFAULT: dict[str, Any] = {
     "alpha": 0.0, "support": "teacher_topk", "top_k": 100, "outside": "tail", "is_clip": 2.0, "steps": 4,
-    "refresh": True, "base_kl_weight": 0.0, "learning_rate": 2e-4, "weight_decay": 0.0, "max_grad_norm": 1.0,
+    "refresh": True, "base_kl_weight": 0.0, "learning_rate": 2e-3, "weight_decay": 0.0, "max_grad_norm": 1.0,
 }  # fmt: skip
 _CLAAS = _DEFAULT | {
-    "alpha": 0.5, "outside": "renormalise", "is_clip": 5.0, "learning_rate": 3e-5, "weight_decay": 0.01,
+    "alpha": 0.5, "outside": "renormalise", "is_clip": 5.0, "steps": 1, "learning_rate": 3e-5, "weight_decay": 0.01,
 }  # fmt: skip
 _LASGROUP = _DEFAULT | {
     "alpha": 0.5, "support": "student_topk", "steps": 1, "learning_rate": 1e-5, "weight_decay": 0.01,

@@ -25,6 +25,17 @@ MAX_HEADER = 2**20
 MAX_CONFIG = 64 * 2**10
 CHUNK = 2**20
 DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
+EMBEDDINGS = ("embed_tokens", "embeddings", ".wte", ".wpe")
+"""Tables, not linear layers: PEFT adapts them in another way, which is not served."""
+ADAPTER_FILES = frozenset({"adapter_config.json", "adapter_model.safetensors", "README.md", "perennial.json"})
+"""All that `adapter/` may hold: engines also read tokenizers and pickles that lie beside the weights."""
+UNSUPPORTED = (
+    "use_dora", "use_rslora", "lora_bias", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern",
+    "auto_mapping", "auto_map", "layers_to_transform", "layers_pattern", "exclude_modules", "layer_replication",
+    "trainable_token_indices", "target_parameters", "alora_invocation_tokens", "use_qalora", "use_bdlora",
+    "arrow_config", "kasa_config", "velora_config", "monteclora_config", "megatron_config",
+)  # fmt: skip
+"""Options of PEFT that change what the weights mean; the shape of ours is plain LoRA."""
 Shape = tuple[int, ...]
 
 
@@ -47,7 +58,7 @@ def read_header(path: Path, *, limit: int = MAX_HEADER) -> dict[str, TensorEntry
         try:
             header = json.loads(file.read(length))
             entries = {k: _entry(v, 8 + length) for k, v in header.items() if k != "__metadata__"}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise VersionRejected("bad_file: the safetensors header cannot be read.") from error
     at = 8 + length
     for entry in sorted(entries.values(), key=lambda e: e.begin):
@@ -80,7 +91,7 @@ def linear_shapes(model_dir: Path) -> dict[str, Shape]:
     shapes: dict[str, Shape] = {}
     for path in files:
         for name, entry in read_header(path, limit=100 * 2**20).items():
-            if len(entry.shape) == 2:
+            if len(entry.shape) == 2 and not name.removesuffix(".weight").endswith(EMBEDDINGS):
                 shapes[name.removesuffix(".weight")] = entry.shape
     return shapes
 
@@ -104,10 +115,10 @@ def check_adapter(directory: Path, base: Mapping[str, Shape], base_model: str, l
     if missing := sorted(wanted.keys() - found.keys()):
         raise VersionRejected(f"missing_keys: {len(missing)} tensors, the first is {missing[0]}.")
     if extra := sorted(found.keys() - wanted.keys()):
-        raise VersionRejected(f"extra_keys: {len(extra)} tensors, the first is {extra[0][:200]}.")
+        raise VersionRejected(f"extra_keys: {len(extra)} tensors, the first is {extra[0][:200]!a}.")
     for name, entry in found.items():
         if entry.dtype not in DTYPES:
-            raise VersionRejected(f"wrong_dtype: {name} is {entry.dtype[:20]}; F32, F16 or BF16 is taken.")
+            raise VersionRejected(f"wrong_dtype: {name} is {entry.dtype[:20]!a}; F32, F16 or BF16 is taken.")
         if entry.shape != wanted[name]:
             raise VersionRejected(f"wrong_shape: {name} is {entry.shape}, this base and rank need {wanted[name]}.")
         if not _finite(weights, entry):
@@ -128,20 +139,12 @@ def check_config(path: Path, base_model: str, lora: LoraSettings) -> None:
         raise VersionRejected("wrong_base: the config names another base model.")
     if config.get("r") != lora.rank or config.get("lora_alpha") != lora.alpha:
         raise VersionRejected("wrong_rank: r or lora_alpha is not the adapter's.")
-    if sorted(config.get("target_modules") or []) != sorted(lora.target_modules):
+    targets = config.get("target_modules")
+    if not isinstance(targets, list) or sorted(map(str, targets)) != sorted(lora.target_modules):
         raise VersionRejected("wrong_modules: target_modules are not the adapter's.")
     if config.get("bias", "none") != "none":
         raise VersionRejected("unsupported: bias.")
-    unsupported = (
-        "use_dora",
-        "use_rslora",
-        "modules_to_save",
-        "rank_pattern",
-        "alpha_pattern",
-        "auto_mapping",
-        "auto_map",
-    )
-    for feature in unsupported:
+    for feature in UNSUPPORTED:
         if config.get(feature):
             raise VersionRejected(f"unsupported: {feature}.")
 
@@ -172,13 +175,21 @@ def version_digest(files: Iterable[FileEntry]) -> str:
 
 
 def check_files(directory: Path, files: Iterable[FileEntry]) -> None:
-    """Raises VersionRejected unless the directory holds exactly these files with these sizes and checksums."""
-    named = {f.name: f for f in files}
-    on_disk = {p.relative_to(directory).as_posix() for p in directory.rglob("*") if not p.is_dir() or p.is_symlink()}
+    """Raises VersionRejected unless the directory holds exactly these plain files with these sizes and checksums."""
+    listed = list(files)
+    named = {f.name: f for f in listed}
+    if len(named) != len(listed):
+        raise VersionRejected("wrong_files: the manifest names a file twice.")
+    if foreign := sorted(n for n in named if n.startswith("adapter/") and n[len("adapter/") :] not in ADAPTER_FILES):
+        raise VersionRejected(f"wrong_files: {foreign[0]} does not belong into an adapter.")
+    if directory.is_symlink() or directory.parent.is_symlink():
+        raise VersionRejected("wrong_files: the version's directory is a link.")
+    on_disk = {p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_symlink() or not p.is_dir()}
     if on_disk != named.keys():
         odd = sorted(on_disk ^ named.keys())
-        raise VersionRejected(f"wrong_files: {odd[0][:200]} is missing or not in the manifest.")
+        raise VersionRejected(f"wrong_files: {odd[0][:200]!a} is missing or not in the manifest.")
     for name, entry in named.items():
         path = directory / name
-        if path.is_symlink() or path.stat().st_size != entry.size or sha256_of(path) != entry.sha256:
+        plain = path.is_file() and not path.is_symlink()
+        if not plain or path.stat().st_size != entry.size or sha256_of(path) != entry.sha256:
             raise VersionRejected(f"wrong_checksum: {name} is not what the manifest says.")

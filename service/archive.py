@@ -22,13 +22,25 @@ def build(directory: Path, files: Iterable[FileEntry], target: Path) -> Path:
     admission.check_files(directory, listed)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_suffix(f".{os.getpid()}.{os.urandom(4).hex()}.tmp")
-    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
-        for entry in sorted(listed, key=lambda f: f.name):
+    try:
+        _write(directory, listed, temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)  # a full disk must not fill up with halves
+    return target
+
+
+def path_of(root: Path, digest: str) -> Path:
+    """Where the archive of a version with this digest lies, if it was built."""
+    return root / f"{digest.removeprefix('sha256:')}.zip"
+
+
+def _write(directory: Path, files: Iterable[FileEntry], target: Path) -> None:
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
+        for entry in sorted(files, key=lambda f: f.name):
             if entry.name.startswith("adapter/"):
                 info = zipfile.ZipInfo(entry.name.removeprefix("adapter/"), EPOCH)
                 info.external_attr = 0o644 << 16
-                with (directory / entry.name).open("rb") as source, archive.open(info, "w") as sink:
+                with (directory / entry.name).open("rb") as source, archive.open(info, "w", force_zip64=True) as sink:
                     while chunk := source.read(admission.CHUNK):
                         sink.write(chunk)
-    os.replace(temporary, target)
-    return target

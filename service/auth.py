@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Annotated
 
 from fastapi import Depends, Request
@@ -15,7 +15,8 @@ from service.store.keys import Principal
 _bearer = HTTPBearer(auto_error=False, description="An API key made by `perennial keys create`.")
 
 
-def context_of(request: Request) -> Context:
+async def context_of(request: Request) -> Context:
+    # Dependencies that do no I/O are coroutines: FastAPI runs plain functions on a thread, once per dependency.
     context: Context = request.app.state.context
     return context
 
@@ -36,10 +37,10 @@ def principal(context: Ctx, credentials: Annotated[HTTPAuthorizationCredentials 
 Caller = Annotated[Principal, Depends(principal)]
 
 
-def requires(scope: str) -> Callable[[Principal], Principal]:
+def requires(scope: str) -> Callable[[Principal], Awaitable[Principal]]:
     """A dependency that lets only keys of this scope pass."""
 
-    def guard(caller: Caller) -> Principal:
+    async def guard(caller: Caller) -> Principal:
         if scope not in caller.scopes:
             raise Forbidden(f"This key lacks the scope '{scope}'.")
         return caller
@@ -47,11 +48,11 @@ def requires(scope: str) -> Callable[[Principal], Principal]:
     return guard
 
 
-def _tenant(scope: str) -> Callable[[Principal], str]:
+def _tenant(scope: str) -> Callable[[Principal], Awaitable[str]]:
     allowed = requires(scope)
 
-    def tenant(caller: Caller) -> str:
-        if (owner := allowed(caller).tenant_id) is None:
+    async def tenant(caller: Caller) -> str:
+        if (owner := (await allowed(caller)).tenant_id) is None:
             raise Forbidden("A worker's key cannot act for a tenant.")
         return owner
 

@@ -11,6 +11,7 @@ from typing import Annotated, NoReturn
 
 import typer
 import uvicorn
+from sqlalchemy.exc import SQLAlchemyError
 
 from service import context as contexts
 from service.app import create_app
@@ -63,12 +64,11 @@ def serve() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger("httpx2").setLevel(logging.WARNING)
     settings = Settings()
+    _migrated(settings).close()
     try:
         context = contexts.build(settings)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, PerennialError) as error:
         _end(str(error))
-    if migrations.pending(context.database):
-        _end("The database is not on this version's schema: run `perennial migrate` first.")
     uvicorn.run(
         create_app(context),
         host=settings.host,
@@ -105,19 +105,21 @@ def create_key(
     name: Annotated[str, typer.Option(help="A word to recognise the key by.")] = "unnamed",
     scope: Annotated[list[str] | None, typer.Option(help="Repeat for several; all client scopes by default.")] = None,
     worker_key: Annotated[bool, typer.Option("--worker", help="A worker's key, of no tenant.")] = False,
-    days: Annotated[float | None, typer.Option(help="Valid for so many days; for ever by default.")] = None,
+    days: Annotated[float | None, typer.Option(min=0, help="Valid for so many days; for ever by default.")] = None,
 ) -> None:
     """Make an API key and print it, this one time."""
     if worker_key and (tenant or scope):
         _end("A worker's key has neither tenant nor scopes of its own.")
     scopes = keys.WORKER_SCOPES if worker_key else frozenset(scope or keys.CLIENT_SCOPES)
     settings = Settings()
-    database = _database(settings)
+    database = _migrated(settings)
     ring = keys.KeyRing(keys.server_secret(settings.data_dir / "server.secret"))
     owner = None if worker_key else tenant or keys.DEFAULT_TENANT
     try:
         with database.write() as s:
-            key = ring.create(s, tenant=owner, name=name, scopes=scopes, expires_in=days * 86400 if days else None)
+            key = ring.create(
+                s, tenant=owner, name=name, scopes=scopes, expires_in=None if days is None else days * 86400
+            )
     except PerennialError as error:
         _end(error.message)
     typer.echo(key)
@@ -126,7 +128,7 @@ def create_key(
 @keys_app.command("list")
 def list_keys() -> None:
     """Public ids, owners and scopes; the keys themselves are not kept."""
-    with _database(Settings()).read() as s:
+    with _migrated(Settings()).read() as s:
         for key, tenant in keys.listing(s):
             state = "revoked" if key.revoked_at else "active"
             typer.echo(f"{key.id}  {tenant or '(worker)':20} {state:8} {key.name:20} {','.join(key.scopes)}")
@@ -136,7 +138,7 @@ def list_keys() -> None:
 def revoke_key(public_id: Annotated[str, typer.Argument(help="The part after `pk_`.")]) -> None:
     """End a key at once."""
     try:
-        with _database(Settings()).write() as s:
+        with _migrated(Settings()).write() as s:
             keys.revoke(s, public_id)
     except PerennialError as error:
         _end(error.message)
@@ -146,6 +148,18 @@ def revoke_key(public_id: Annotated[str, typer.Argument(help="The part after `pk
 def _database(settings: Settings) -> Database:
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     return Database(settings.db_url)
+
+
+def _migrated(settings: Settings) -> Database:
+    """The database, if it has this version's schema; else the command ends and says what to do."""
+    database = _database(settings)
+    try:
+        pending = migrations.pending(database)
+    except SQLAlchemyError as error:
+        _end(f"The database cannot be used: {error}")
+    if pending:
+        _end("The database is not on this version's schema: run `perennial migrate` first.")
+    return database
 
 
 def _end(message: str) -> NoReturn:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import httpx2
+
 from service import admission
 from service.bell import Bell
 from service.db.engine import Database
@@ -29,15 +31,15 @@ class Context:
     """Rung when a job is queued: workers that wait for one look again."""
 
 
-def build(settings: Settings) -> Context:
-    """Raises FileNotFoundError when `model_dir` holds no weights."""
+def build(settings: Settings, *, transport: httpx2.AsyncBaseTransport | None = None) -> Context:
+    """Raises FileNotFoundError when `model_dir` holds no weights. `transport` carries the calls to the engine."""
     if settings.model_dir is None:
         raise FileNotFoundError("PERENNIAL_MODEL_DIR is not set: the service reads there which adapters fit the base")
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     settings.adapters_root.mkdir(parents=True, exist_ok=True)
     database = Database(settings.db_url)
     key = settings.engine_api_key.get_secret_value() if settings.engine_api_key else None
-    engine = EngineClient(settings.engine_url, api_key=key, timeout=settings.engine_timeout)
+    engine = EngineClient(settings.engine_url, api_key=key, timeout=settings.engine_timeout, transport=transport)
     return Context(
         settings=settings,
         database=database,

@@ -22,8 +22,14 @@ class ModelNotLoaded(Unavailable):
     code = "model_not_served"
 
 
+class EngineAway(Unavailable):
+    """No connection, or one that broke."""
+
+    code = "engine_unavailable"
+
+
 class LoadRefused(Exception):
-    """The engine cannot load this adapter (vLLM: 500 for what it cannot read, 404 for what is not there)."""
+    """The engine sees this adapter's files and cannot load them (vLLM: 500 for what it cannot read)."""
 
 
 class EngineClient:
@@ -48,6 +54,7 @@ class EngineClient:
             transport=transport,
         )
         self._logprobs_mode: str | None = None
+        self._windows: dict[str, int] = {}
 
     async def __aenter__(self) -> Self:
         return self
@@ -63,8 +70,20 @@ class EngineClient:
     async def models(self) -> dict[str, dict[str, Any]]:
         """Everything that the engine can answer as, by name; `root` of an adapter is its directory."""
         response = await self._call("GET", "/v1/models", timeout=5.0)
-        _expect_ok(response)
-        return {m["id"]: m for m in response.json()["data"]}
+        body = _body(response)
+        try:
+            known = {str(m["id"]): dict(m) for m in body["data"]}
+        except (KeyError, TypeError, ValueError) as error:
+            raise EngineError("The engine's list of models cannot be read.") from error
+        lengths = {name: m.get("max_model_len") for name, m in known.items()}
+        self._windows = {name: length for name, length in lengths.items() if isinstance(length, int)}
+        return known
+
+    async def window(self, model: str) -> int | None:
+        """Most tokens of prompt and answer together, as the engine said last; None if it does not say."""
+        if model not in self._windows:
+            await self.models()
+        return self._windows.get(model)
 
     async def healthy(self) -> bool:
         try:
@@ -76,15 +95,15 @@ class EngineClient:
     async def logprobs_mode(self) -> str:
         """What the engine's log-probs mean; asked once. vLLM does not say: its default is `raw_logprobs`."""
         if self._logprobs_mode is None:
-            response = await self._call("GET", "/version", timeout=5.0)
-            _expect_ok(response)
-            self._logprobs_mode = str(response.json().get("logprobs_mode", "raw_logprobs"))
+            body = _body(await self._call("GET", "/version", timeout=5.0))
+            self._logprobs_mode = str(body.get("logprobs_mode", "raw_logprobs"))
         return self._logprobs_mode
 
     async def load(self, name: str, path: str) -> None:
         """Load an adapter directory under a never-reused name. Already loaded from there counts as done.
 
-        Raises LoadRefused when the engine will not have it.
+        Raises LoadRefused when the engine will not have it; Unavailable also when it does not see the files, which is
+        a fault of its mounts and not of the adapter.
         """
         body = {"lora_name": name, "lora_path": path}
         response = await self._call("POST", "/v1/load_lora_adapter", json=body, timeout=CONTROL_TIMEOUT)
@@ -92,8 +111,12 @@ class EngineClient:
             return
         if response.status_code == 400 and (await self.models()).get(name, {}).get("root") == path:
             return
-        if response.status_code in (400, 404, 500):
+        if response.status_code in (400, 500):
             raise LoadRefused(_message(response))
+        if response.status_code in (403, 404):
+            raise Unavailable(
+                f"The engine finds no adapter at {path}: does it have the adapters directory?", code="engine_files"
+            )
         _refuse(response)
 
     async def unload(self, name: str) -> None:
@@ -109,16 +132,14 @@ class EngineClient:
             body |= {"prompt": prompt, "add_special_tokens": False}
         else:
             body |= {"messages": prompt}
-        response = await self._call("POST", "/tokenize", json=body, timeout=30.0)
-        _expect_ok(response)
-        return int(response.json()["count"])
+        count = _body(await self._call("POST", "/tokenize", json=body, timeout=30.0)).get("count")
+        if not isinstance(count, int):
+            raise EngineError("The engine did not count the tokens.")
+        return count
 
     async def chat(self, payload: dict[str, Any]) -> dict[str, Any]:
         """One whole answer. Raises ModelNotLoaded, Unprocessable (with the engine's reason), EngineError."""
-        response = await self._call("POST", "/v1/chat/completions", json=payload)
-        _expect_ok(response)
-        answer: dict[str, Any] = response.json()
-        return answer
+        return _with_choices(_body(await self._call("POST", "/v1/chat/completions", json=payload)), "message")
 
     @asynccontextmanager
     async def stream(self, payload: dict[str, Any]) -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
@@ -127,15 +148,15 @@ class EngineClient:
             async with self._http.stream("POST", "/v1/chat/completions", json=payload) as response:
                 if response.status_code != 200:
                     await response.aread()
-                    _expect_ok(response)
+                    _refuse(response)
                 yield _events(response)
-        except httpx2.TransportError as error:
+        except httpx2.RequestError as error:
             raise _away(error) from error
 
     async def _call(self, method: str, path: str, **kwargs: Any) -> httpx2.Response:
         try:
             return await self._http.request(method, path, **kwargs)
-        except httpx2.TransportError as error:
+        except httpx2.RequestError as error:
             raise _away(error) from error
 
 
@@ -146,22 +167,48 @@ async def _events(response: httpx2.Response) -> AsyncIterator[dict[str, Any]]:
         data = line[5:].strip()
         if data == "[DONE]":
             return
-        event: dict[str, Any] = json.loads(data)
+        event = _parsed(data)
         if "error" in event:
             raise EngineError("The engine broke off this answer; try again.")
-        yield event
+        yield _with_choices(event, "delta")
     raise EngineError("The engine's answer ended early; try again.")
 
 
-def _away(error: httpx2.TransportError) -> Unavailable:
+def _parsed(text: str | bytes) -> dict[str, Any]:
+    """A JSON object without NaN or Infinity, which could neither be stored nor passed on."""
+    try:
+        body = json.loads(text, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise EngineError("The engine's answer cannot be read.") from error
+    if not isinstance(body, dict):
+        raise EngineError("The engine's answer cannot be read.")
+    return body
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _with_choices(body: dict[str, Any], part: str) -> dict[str, Any]:
+    """`body`, if each of its choices has this part. Only a chunk may have no choice at all."""
+    choices = body.get("choices")
+    if not isinstance(choices, list) or not (choices or part == "delta"):
+        raise EngineError("The engine's answer has no choices.")
+    if not all(isinstance(c, dict) and isinstance(c.get(part), dict) for c in choices):
+        raise EngineError("The engine's answer cannot be read.")
+    return body
+
+
+def _away(error: httpx2.RequestError) -> Unavailable:
     if isinstance(error, httpx2.ReadTimeout):
         return Unavailable("The engine took too long; ask for fewer tokens.", code="engine_timeout", retry_after=5)
-    return Unavailable("The inference engine does not answer; try again.", code="engine_unavailable", retry_after=2)
+    return EngineAway("The inference engine does not answer; try again.", retry_after=2)
 
 
-def _expect_ok(response: httpx2.Response) -> None:
+def _body(response: httpx2.Response) -> dict[str, Any]:
     if response.status_code != 200:
         _refuse(response)
+    return _parsed(response.content)
 
 
 def _refuse(response: httpx2.Response) -> NoReturn:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,7 +55,7 @@ class Capture:
         """Add one chunk's choice (or a whole answer's)."""
         self.text.append(text or "")
         self.token_ids += choice.get("token_ids") or []
-        self.logprobs += [entry["logprob"] for entry in (choice.get("logprobs") or {}).get("content") or []]
+        self.logprobs += [float(entry["logprob"]) for entry in (choice.get("logprobs") or {}).get("content") or []]
         self.finish_reason = choice.get("finish_reason") or self.finish_reason
 
 
@@ -120,7 +120,7 @@ class Gateway:
             body["prompt_token_ids"] = capture.prompt_token_ids
         return body
 
-    async def stream(self, tenant_id: str, request: ChatRequest) -> AsyncIterator[Json]:
+    async def stream(self, tenant_id: str, request: ChatRequest) -> AsyncGenerator[Json]:
         """OpenAI chunks as tokens come. The last ones are sent only after the answer is stored."""
         target = await anyio.to_thread.run_sync(resolve_target, self._context, tenant_id, request.model)
         completion_id, capture = new_completion_id(), Capture()
@@ -135,6 +135,8 @@ class Gateway:
                         held.append(out)  # usage too: nothing that looks like an end before it is stored
                     elif out["choices"]:
                         yield out
+        if capture.finish_reason is None:
+            raise EngineError("The engine's answer ended early; try again.")
         await self._keep(completion_id, tenant_id, target, request, capture)
         for out in held:
             if out["choices"] or (request.stream_options and request.stream_options.include_usage):

@@ -44,7 +44,7 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         declared = Headers(scope=scope).get("content-length", "0")
-        if not declared.isdigit() or int(declared) > self._limit:
+        if not (declared.isascii() and declared.isdigit()) or int(declared[:20]) > self._limit:
             await self._refuse(send)
             return
         taken, refused = 0, False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -12,9 +12,12 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from api_schemas.errors import ErrorDetail, ErrorResponse
-from service.errors import BadRequest, PerennialError, Unprocessable
+from service.errors import BadRequest, PerennialError, Unavailable, Unprocessable
 
 log = logging.getLogger(__name__)
+
+
+UNFORESEEN = "Something went wrong on our side; it has been logged."
 
 
 class InternalError(PerennialError):
@@ -32,8 +35,8 @@ def error_body(error: PerennialError) -> dict[str, Any]:
     return ErrorResponse(error=detail).model_dump()
 
 
-def answer(error: PerennialError, status: int | None = None) -> JSONResponse:
-    headers = {}
+def answer(error: PerennialError, status: int | None = None, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    headers = dict(headers or {})
     if error.retry_after is not None:
         headers["retry-after"] = str(error.retry_after)
     if error.status == 409:
@@ -49,13 +52,18 @@ def from_validation(errors: Sequence[Any]) -> PerennialError:
     if first["type"] == "json_invalid":
         return BadRequest("The body is not valid JSON.", code="invalid_json")
     where = [str(part) for part in first["loc"][1:] if not str(part).startswith(("function-", "constrained-"))]
-    param = ".".join(where) or str(first["loc"][0])
+    param = _printable(".".join(where) or str(first["loc"][0]))
     if first["type"] == "extra_forbidden":
         return Unprocessable(f"Unknown parameter '{param}': leave it out.", code="unknown_parameter", param=param)
     if first["type"] == "missing":
         return Unprocessable(f"'{param}' is required.", code="missing_parameter", param=param)
     reason = str(first["msg"]).removeprefix("Value error, ")
     return Unprocessable(f"'{param}': {reason}.", code="invalid_parameter", param=param)
+
+
+def _printable(name: str) -> str:
+    """A field's name as the caller wrote it, cut short, without what JSON in UTF-8 cannot hold (lone surrogates)."""
+    return name[:128].encode(errors="replace").decode()
 
 
 def install(app: FastAPI) -> None:
@@ -74,9 +82,16 @@ def install(app: FastAPI) -> None:
         code = {404: "route_not_found", 405: "method_not_allowed", 400: "invalid_json"}.get(
             error.status_code, "http_error"
         )
-        return answer(RouteError(f"{error.detail}.".replace("..", "."), code=code), error.status_code)
+        return answer(RouteError(f"{error.detail}.".replace("..", "."), code=code), error.status_code, error.headers)
+
+    @app.exception_handler(OSError)
+    async def _storage(_: Request, error: OSError) -> JSONResponse:
+        log.error("storage: %s", error)
+        return answer(
+            Unavailable("Our storage fails or is full; try again later.", code="storage_unavailable", retry_after=30)
+        )
 
     @app.exception_handler(Exception)
     async def _unforeseen(_: Request, error: Exception) -> JSONResponse:
         log.exception("unforeseen error", exc_info=error)
-        return answer(InternalError("Something went wrong on our side; it has been logged."))
+        return answer(InternalError(UNFORESEEN))

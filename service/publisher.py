@@ -13,19 +13,19 @@ import logging
 import shutil
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import anyio
 from sqlalchemy import select
 
 from api_schemas.worker import FileEntry
-from service import admission
+from service import admission, archive
 from service.bell import Bell
 from service.db.engine import Database, clock
 from service.db.tables import Adapter, Version
-from service.engine_client import EngineClient, LoadRefused
-from service.errors import PerennialError, Unavailable, VersionRejected
+from service.engine_client import EngineAway, EngineClient, LoadRefused
+from service.errors import NotFound, PerennialError, Unavailable, VersionRejected
 from service.settings import Settings
 from service.store import adapters, versions
 
@@ -78,6 +78,8 @@ class Publisher:
 
     async def _load(self, adapter_id: str, n: int, name: str) -> None:
         uri, files = await anyio.to_thread.run_sync(self._files_of, adapter_id, n)
+        if not self._settings.adapters_root.is_dir():  # a lost mount is no verdict on the version
+            raise Unavailable("The adapters directory is away; try again.", code="storage_unavailable", retry_after=5)
         await anyio.to_thread.run_sync(admission.check_files, self._settings.adapters_root / uri, files)
         path = str(self._settings.engine_adapters_root / uri / "adapter")
         try:
@@ -93,6 +95,8 @@ class Publisher:
 
     def _files_of(self, adapter_id: str, n: int) -> tuple[str, list[FileEntry]]:
         with self._db.read() as s:
+            if s.get_one(Adapter, adapter_id).deleted_at is not None:  # its files may go at any moment
+                raise NotFound("The adapter was deleted.", code="adapter_not_found", param="model")
             version = s.get_one(Version, (adapter_id, n))
             return version.uri, [FileEntry.model_validate(f) for f in version.files]
 
@@ -115,10 +119,10 @@ class Publisher:
         wanted = await anyio.to_thread.run_sync(self._pointers)
         for adapter in wanted:
             if adapter.live_n:
-                await self._ensure_or_report(adapter.adapter_id, adapter.live_n)
+                await self._alone(self.ensure_loaded, adapter.adapter_id, adapter.live_n)
         for adapter in wanted:
             if adapter.head_n != adapter.live_n:
-                await self._publish(adapter.adapter_id, adapter.head_n)
+                await self._alone(self._publish, adapter.adapter_id, adapter.head_n)
         await self._unload_unwanted(known.keys() | self._loaded)
         await self._purge_deleted()
 
@@ -126,12 +130,14 @@ class Publisher:
         with self._db.read() as s:
             return adapters.pointers(s)
 
-    async def _ensure_or_report(self, adapter_id: str, n: int) -> None:
-        """One broken version must not keep the others from being served."""
+    async def _alone(self, step: Callable[[str, int], Awaitable[None]], adapter_id: str, n: int) -> None:
+        """One broken version must not keep the others from being served. Raises EngineAway: then none can be."""
         try:
-            await self.ensure_loaded(adapter_id, n)
-        except VersionRejected as error:
-            log.error("publisher: live version %s cannot be loaded: %s", served_name(adapter_id, n), error.message)
+            await step(adapter_id, n)
+        except EngineAway:
+            raise
+        except PerennialError as error:
+            log.error("publisher: %s: %s: %s", served_name(adapter_id, n), error.code, error.message)
 
     async def _publish(self, adapter_id: str, n: int) -> None:
         if n:
@@ -150,7 +156,7 @@ class Publisher:
     def _move_alias(self, adapter_id: str, n: int) -> None:
         """In one transaction, and only if `n` is still wanted: a promotion may have come in between."""
         with self._db.write() as s:
-            adapter = s.get_one(Adapter, adapter_id)
+            adapter = adapters.locked(s, adapter_id)
             if adapter.head_n == n and adapter.deleted_at is None:
                 adapters.set_live(s, adapter, n)
 
@@ -167,16 +173,19 @@ class Publisher:
                 return
             self._loaded.discard(name)
             await self._engine.unload(name)
-            self._last_used.pop(name, None)
-            if not self._in_flight[name]:  # a request may have come in meanwhile: it waits for the lock
-                del self._in_flight[name]
+            if not self._in_flight[name]:  # else a request has come in meanwhile and waits for the lock
+                del self._in_flight[name], self._loading[name]
+                self._last_used.pop(name, None)
 
     async def _purge_deleted(self) -> None:
-        """Remove the files of deleted adapters that no engine knows any more."""
+        """Remove the files of deleted adapters that the engine does not know and nobody is about to load.
+
+        Deleted adapters are not loaded any more: whoever was let in before counts as in flight here.
+        """
         if not (gone := await anyio.to_thread.run_sync(self._deleted)):
             return
-        held = {name.rsplit("-v", 1)[0] for name in await self._engine.models()}
-        for adapter_id in set(gone) - held:
+        names = {*await self._engine.models(), *self._loaded, *(name for name, n in self._in_flight.items() if n)}
+        for adapter_id in set(gone) - {name.rsplit("-v", 1)[0] for name in names}:
             await anyio.to_thread.run_sync(self._purge, adapter_id)
 
     def _deleted(self) -> list[str]:
@@ -188,4 +197,6 @@ class Publisher:
     def _purge(self, adapter_id: str) -> None:
         shutil.rmtree(self._settings.adapters_root / adapter_id, ignore_errors=True)
         with self._db.write() as s:
+            for digest in s.scalars(select(Version.digest).where(Version.adapter_id == adapter_id)):
+                archive.path_of(self._settings.archives_root, digest).unlink(missing_ok=True)
             s.get_one(Adapter, adapter_id).purged_at = clock(s)

@@ -74,6 +74,10 @@ class Settings(BaseSettings):
         return self.engine_adapters_dir
 
     @property
+    def archives_root(self) -> Path:
+        return self.data_dir / "archives"
+
+    @property
     def base_name(self) -> str:
         return self.base_model or (self.model_dir.absolute().name if self.model_dir else "")
 

@@ -29,17 +29,15 @@ async def check_window(context: Context, tenant_id: str, request: wire.FeedbackR
 
     Standing feedback does not count: the worker leaves its oldest remarks out where there is no room.
     """
-    window = (await context.engine.models()).get(context.base_model, {}).get("max_model_len")
-    if not isinstance(window, int):
+    window = await context.engine.window(context.base_model)
+    if window is None:
         return  # the worker checks again
     for position, pieces in enumerate(await anyio.to_thread.run_sync(_pieces, context, tenant_id, request)):
         fixed = pieces.known + TEMPLATE_TOKENS + 16 * pieces.messages
         # A byte-level tokenizer never makes more tokens than bytes: most items need no counting.
         if fixed + sum(len(t.encode()) for t in pieces.texts) <= window:
             continue
-        counted = fixed
-        for text in pieces.texts:
-            counted += await context.engine.count_tokens(context.base_model, text)
+        counted = fixed + await context.engine.count_tokens(context.base_model, "\n\n".join(pieces.texts))
         if counted > window:
             raise Unprocessable(
                 f"Prompt, feedback and answer need {counted} tokens, the model's window has {window}: shorten them.",

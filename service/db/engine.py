@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 from sqlalchemy import Engine, Float, create_engine, event, select
 from sqlalchemy.engine import Connection, make_url
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import DatabaseError, DataError, IntegrityError, InterfaceError, ProgrammingError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.functions import GenericFunction
@@ -59,11 +60,16 @@ def journal_mode() -> str:
 class Database:
     """Hands out sessions; a write session holds the only write lock there is."""
 
-    def __init__(self, url: str) -> None:
-        self._is_sqlite = make_url(url).get_backend_name() == "sqlite"
-        self.engine = _sqlite_engine(url) if self._is_sqlite else create_engine(url, pool_pre_ping=True)
-        # SQLite admits one writer: queue here instead of spinning in its busy handler.
-        self._writer: AbstractContextManager[Any] = threading.Lock() if self._is_sqlite else nullcontext()
+    def __init__(self, url: str, *, busy_seconds: float = 5.0) -> None:
+        """`busy_seconds`: how long a call waits for SQLite's lock or a free connection before it is Unavailable."""
+        is_sqlite = make_url(url).get_backend_name() == "sqlite"
+        if is_sqlite:
+            self.engine = _sqlite_engine(url, busy_seconds)
+        else:
+            self.engine = create_engine(url, pool_pre_ping=True, pool_timeout=busy_seconds)
+        # SQLite admits one writer: queue here, in order, instead of polling in its busy handler.
+        self._writer = threading.Lock() if is_sqlite else None
+        self._busy_seconds = busy_seconds
 
     @contextmanager
     def read(self) -> Iterator[Session]:
@@ -74,7 +80,7 @@ class Database:
     @contextmanager
     def write(self) -> Iterator[Session]:
         """One transaction: committed, on disk, when the block ends without an exception."""
-        with _mapped_errors(), self._writer, self.engine.connect() as raw:
+        with _mapped_errors(), self._turn(), self.engine.connect() as raw:
             connection = raw.execution_options(begin="IMMEDIATE")
             with Session(connection, expire_on_commit=False) as session, session.begin():
                 yield session
@@ -82,26 +88,42 @@ class Database:
     def close(self) -> None:
         self.engine.dispose()
 
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Our turn to write. Whoever waits too long is told so: threads that wait for ever would stop reads as well."""
+        if self._writer is None:
+            yield
+            return
+        if not self._writer.acquire(timeout=2 * self._busy_seconds):
+            raise _unavailable()
+        try:
+            yield
+        finally:
+            self._writer.release()
+
 
 @contextmanager
 def _mapped_errors() -> Iterator[None]:
-    """A dead, locked or full database is 503, not a stack trace."""
+    """A dead, locked, damaged or full database is 503, not a stack trace. Defects of our own statements pass."""
     try:
         yield
-    except OperationalError as error:
-        raise Unavailable(
-            "The database does not answer; try again.", code="database_unavailable", retry_after=2
-        ) from error
-    except DBAPIError as error:
-        if error.connection_invalidated:
-            raise Unavailable(
-                "The database went away; try again.", code="database_unavailable", retry_after=2
-            ) from error
+    except (IntegrityError, ProgrammingError, DataError):
         raise
+    except (DatabaseError, InterfaceError, PoolTimeout) as error:
+        raise _unavailable() from error
 
 
-def _sqlite_engine(url: str) -> Engine:
-    engine = create_engine(url, module=sqlite, connect_args={"timeout": 30, "check_same_thread": False})
+def _unavailable() -> Unavailable:
+    return Unavailable("The database does not answer; try again.", code="database_unavailable", retry_after=2)
+
+
+def _sqlite_engine(url: str, busy_seconds: float) -> Engine:
+    engine = create_engine(
+        url,
+        module=sqlite,
+        connect_args={"timeout": busy_seconds, "check_same_thread": False},
+        pool_timeout=busy_seconds,
+    )
 
     @event.listens_for(engine, "connect")
     def _configure(connection: Any, _record: Any) -> None:

@@ -11,13 +11,14 @@ from fastapi.responses import FileResponse, Response
 import api_schemas.adapters as wire
 from api_schemas.base import AdapterName
 from api_schemas.jobs import Page
-from api_schemas.training import resolve
+from api_schemas.training import LoraSettings
 from api_schemas.worker import FileEntry
 from service import admission, archive
 from service.auth import AdaptersReader, AdaptersWriter, Ctx
 from service.context import Context
 from service.errors import Conflict, Unprocessable
-from service.store import adapters, versions
+from service.routes.ids import QueryId
+from service.store import adapters, feedback, versions
 
 router = APIRouter(tags=["adapters"])
 VersionNumber = Annotated[int, Path(ge=1, lt=2**31)]
@@ -47,15 +48,12 @@ def check_creation(context: Context, request: wire.AdapterCreate) -> None:
         raise Unprocessable(
             f"The base model has no module '{absent[0]}'.", code="unknown_module", param="lora.target_modules"
         )
-    try:
-        resolve(request.training)
-    except ValueError as error:
-        raise Unprocessable(str(error), code="invalid_training", param="training") from error
+    feedback.resolved_training(request.training)
 
 
 @router.get("/v1/adapters")
 def list_adapters(
-    context: Ctx, tenant: AdaptersReader, after: str | None = None, limit: Annotated[int, Query(ge=1, le=100)] = 20
+    context: Ctx, tenant: AdaptersReader, after: QueryId = None, limit: Annotated[int, Query(ge=1, le=100)] = 20
 ) -> Page[wire.Adapter]:
     """Oldest first."""
     with context.database.read() as s:
@@ -117,11 +115,10 @@ def download_version(
     headers = {"etag": etag, "cache-control": "private, immutable, max-age=31536000"}
     if if_none_match is not None and etag in (tag.strip().removeprefix("W/") for tag in if_none_match.split(",")):
         return Response(status_code=304, headers=headers)
-    digest = found.digest.removeprefix("sha256:")
     path = archive.build(
         context.settings.adapters_root / found.uri,
         [FileEntry.model_validate(f) for f in found.files],
-        context.settings.data_dir / "archives" / f"{digest}.zip",
+        archive.path_of(context.settings.archives_root, found.digest),
     )
     return FileResponse(path, filename=f"{adapter}-v{version}.zip", media_type="application/zip", headers=headers)
 
@@ -141,15 +138,12 @@ async def promote_version(
 def _check_promotion(context: Context, tenant: str, name: str, n: int) -> str:
     with context.database.read() as s:
         row = adapters.by_name(s, tenant, name)
-        if n:
-            version = versions.servable(s, row, n)
-            admission.check_adapter(
-                context.settings.adapters_root / version.uri / "adapter",
-                context.base_shapes,
-                row.base_model,
-                adapters.view(row).lora,
-            )
-        return row.id
+        uri = versions.servable(s, row, n).uri if n else None
+    if uri is not None:
+        lora = LoraSettings.model_validate(row.lora)
+        directory = context.settings.adapters_root / uri / "adapter"
+        admission.check_adapter(directory, context.base_shapes, row.base_model, lora)
+    return row.id
 
 
 def _promote(context: Context, tenant: str, name: str, adapter_id: str, n: int) -> wire.Adapter:
@@ -157,6 +151,8 @@ def _promote(context: Context, tenant: str, name: str, adapter_id: str, n: int) 
         row = adapters.by_name(s, tenant, name)
         if row.id != adapter_id:
             raise Conflict("The adapter was replaced meanwhile.", code="adapter_replaced")
+        if n:
+            versions.servable(s, row, n)  # the publisher may have rejected it meanwhile
         adapters.promote(s, row, n)
         view = adapters.view(row)
     context.work.ring()

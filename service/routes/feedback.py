@@ -11,6 +11,7 @@ import api_schemas.feedback as wire
 from api_schemas.base import IdempotencyKey
 from service.auth import Ctx, FeedbackTenant, JobsReader
 from service.context import Context
+from service.routes.ids import PathId
 from service.store import feedback
 from service.window import check_window
 
@@ -45,7 +46,7 @@ def _submit(
 
 
 @router.get("/v1/feedback/{batch}")
-def get_feedback(batch: str, context: Ctx, tenant: JobsReader) -> wire.FeedbackBatch:
+def get_feedback(batch: PathId, context: Ctx, tenant: JobsReader) -> wire.FeedbackBatch:
     """A batch with its items and what became of it."""
     with context.database.read() as s:
         return feedback.view(s, feedback.batch_of_tenant(s, tenant, batch), with_items=True)

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Query
 import api_schemas.jobs as wire
 from api_schemas.base import AdapterName
 from service.auth import Ctx, JobsReader, JobsWriter
+from service.routes.ids import PathId, QueryId
 from service.store import adapters, jobs
 
 router = APIRouter(tags=["jobs"])
@@ -20,7 +21,7 @@ def list_jobs(
     tenant: JobsReader,
     adapter: AdapterName | None = None,
     status: wire.JobStatus | None = None,
-    after: str | None = None,
+    after: QueryId = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
 ) -> wire.Page[wire.Job]:
     """Newest first."""
@@ -31,13 +32,13 @@ def list_jobs(
 
 
 @router.get("/v1/jobs/{job}")
-def get_job(job: str, context: Ctx, tenant: JobsReader) -> wire.Job:
+def get_job(job: PathId, context: Ctx, tenant: JobsReader) -> wire.Job:
     with context.database.read() as s:
         return jobs.view(s, jobs.of_tenant(s, tenant, job))
 
 
 @router.post("/v1/jobs/{job}/cancel")
-def cancel_job(job: str, context: Ctx, tenant: JobsWriter) -> wire.Job:
+def cancel_job(job: PathId, context: Ctx, tenant: JobsWriter) -> wire.Job:
     """End a queued or running job: nothing of it is applied."""
     with context.database.write() as s:
         row = jobs.of_tenant(s, tenant, job)

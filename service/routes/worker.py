@@ -6,7 +6,7 @@ import time
 from typing import Annotated
 
 import anyio
-from fastapi import APIRouter, Path, Response
+from fastapi import APIRouter, Path, Request, Response
 
 import api_schemas.worker as wire
 from api_schemas.jobs import JobError
@@ -26,11 +26,13 @@ POLL_SECONDS = 2.0
 
 
 @router.post("/leases", response_model=wire.Lease, responses={204: {"description": "No work."}})
-async def lease(request: wire.LeaseRequest, context: Ctx, _key: WorkerKey) -> wire.Lease | Response:
+async def lease(request: wire.LeaseRequest, http: Request, context: Ctx, _key: WorkerKey) -> wire.Lease | Response:
     """The oldest open job, or 204 after `wait_seconds`."""
     until = time.monotonic() + request.wait_seconds
     while True:
         ticket = context.work.ticket()
+        if await http.is_disconnected():  # a lease for nobody would hold the adapter until it expires
+            return Response(status_code=204)
         if (found := await anyio.to_thread.run_sync(_claim, context, request)) is not None:
             return found
         left = until - time.monotonic()

@@ -52,6 +52,12 @@ def by_name(s: Session, tenant_id: str, name: str) -> Adapter:
     return adapter
 
 
+def locked(s: Session, adapter_id: str) -> Adapter:
+    """The row as it is now, and nobody else changes it before this transaction ends."""
+    query = select(Adapter).where(Adapter.id == adapter_id).with_for_update()
+    return s.scalars(query.execution_options(populate_existing=True)).one()
+
+
 def listing(s: Session, tenant_id: str, after: str | None, limit: int) -> tuple[list[Adapter], bool]:
     """By creation, newest last; True when there are more."""
     query = select(Adapter).where(Adapter.tenant_id == tenant_id, Adapter.deleted_at.is_(None))
@@ -69,7 +75,7 @@ def delete(s: Session, adapter: Adapter) -> None:
 
     Files go later, when no engine holds a version of it any more.
     """
-    now = clock(s)
+    now, adapter = clock(s), locked(s, adapter.id)
     s.execute(
         update(Job)
         .where(Job.adapter_id == adapter.id, Job.state.in_(("queued", "running")))
@@ -96,27 +102,37 @@ def promote(s: Session, adapter: Adapter, n: int) -> None:
 
     A run that is training on another head is fenced and its jobs are queued again, to be trained from `n`.
     """
-    now = clock(s)
-    running = adapter.lease_run
-    if running is not None:
-        s.execute(
-            update(Job).where(Job.run_id == running, Job.state == "running").values(state="queued", started_at=None)
-        )
-    fence(s, adapter, now, "superseded")
-    adapter.head_n = n
+    adapter = locked(s, adapter.id)
+    move_head(s, adapter, n)
     set_live(s, adapter, n)
 
 
-def set_live(s: Session, adapter: Adapter, n: int) -> None:
-    """The alias points to version `n`, which the engine has loaded."""
-    adapter.live_n = n
-    if n:
-        now = clock(s)
+def move_head(s: Session, adapter: Adapter, n: int) -> None:
+    """Training goes on from version `n`; what trains on another head is fenced and queued again."""
+    if adapter.lease_run is not None:
         s.execute(
-            update(Version)
-            .where(Version.adapter_id == adapter.id, Version.n == n, Version.published_at.is_(None))
-            .values(status="published", published_at=now)
+            update(Job)
+            .where(Job.run_id == adapter.lease_run, Job.state == "running")
+            .values(state="queued", started_at=None)
         )
+    fence(s, adapter, clock(s), "superseded")
+    adapter.head_n = n
+
+
+def set_live(s: Session, adapter: Adapter, n: int) -> None:
+    """The alias points to version `n`, which the engine has loaded.
+
+    Versions that it was trained from count as published too: what they learnt is served, even where training was
+    faster than publishing and the engine never saw them.
+    """
+    adapter.live_n = n
+    now = clock(s)
+    while n:
+        version = s.get_one(Version, (adapter.id, n))
+        if version.status != "pending":
+            break
+        version.status, version.published_at = "published", now
+        n = version.parent_n
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 import api_schemas.feedback as wire
 from api_schemas.training import ResolvedTraining, TrainingSettings, resolve
 from service.db.engine import clock
-from service.db.tables import Adapter, Batch, Item, Job, Rollout
+from service.db.tables import Adapter, Batch, Item, Job, Rollout, Tenant
 from service.errors import Conflict, NotFound, TooMany, Unprocessable
 from service.store import adapters, rollouts
 from service.store.ids import new_id
@@ -47,6 +47,9 @@ def submit(
 ) -> tuple[Batch, bool]:
     """Store the batch and queue its job. The flag is True when the key had been used for the same body before."""
     digest = body_hash(request)
+    s.execute(
+        select(Tenant.id).where(Tenant.id == tenant_id).with_for_update()
+    )  # one key, one batch: also in PostgreSQL
     if idempotency_key is not None and (known := replayed(s, tenant_id, idempotency_key, digest)):
         return known, True
     answers = rollouts.of_tenant(s, tenant_id, [i.completion_id for i in request.items if i.completion_id])
@@ -59,7 +62,7 @@ def submit(
         adapter_id=adapter.id,
         idempotency_key=idempotency_key,
         body_hash=digest,
-        training=resolved_training(adapter, request.training).model_dump(),
+        training=resolved_training(TrainingSettings.model_validate(adapter.training), request.training).model_dump(),
         item_count=len(request.items),
         created_at=clock(s),
     )
@@ -99,10 +102,10 @@ def target_adapter(
     return adapter
 
 
-def resolved_training(adapter: Adapter, overrides: TrainingSettings | None) -> ResolvedTraining:
-    """Settings of this batch, all filled in. Raises Unprocessable for a combination that trains nothing."""
+def resolved_training(of_adapter: TrainingSettings, of_batch: TrainingSettings | None = None) -> ResolvedTraining:
+    """All settings filled in. Raises Unprocessable for a combination that trains nothing."""
     try:
-        return resolve(TrainingSettings.model_validate(adapter.training), overrides)
+        return resolve(of_adapter, of_batch)
     except ValidationError as error:
         raise Unprocessable(
             error.errors()[0]["msg"].removeprefix("Value error, "), code="invalid_training", param="training"

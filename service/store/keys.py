@@ -9,6 +9,7 @@ import re
 import secrets
 import zlib
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,16 +38,25 @@ class Principal:
 
 def server_secret(path: Path) -> bytes:
     """The pepper of the key digests: 32 bytes, made at first use, readable by the owner alone."""
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return bytes.fromhex(path.read_text().strip())
-    secret = secrets.token_bytes(32)
+    if not path.exists():
+        _make_secret(path)
+    secret = bytes.fromhex(path.read_text().strip())
+    if len(secret) != 32:
+        raise ValueError(f"{path} does not hold a secret of 32 bytes")
+    return secret
+
+
+def _make_secret(path: Path) -> None:
+    """Written aside, then linked: nobody reads half a secret, and of two makers at once one wins."""
+    aside = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
+    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w") as file:
-        file.write(secret.hex())
+        file.write(secrets.token_hex(32))
         file.flush()
         os.fsync(file.fileno())
-    return secret
+    with suppress(FileExistsError):
+        os.link(aside, path)
+    aside.unlink()
 
 
 class KeyRing:
@@ -65,6 +75,9 @@ class KeyRing:
         wanted = frozenset(scopes)
         if unknown := wanted - CLIENT_SCOPES - WORKER_SCOPES:
             raise BadRequest(f"Unknown scopes: {', '.join(sorted(unknown))}.", param="scopes")
+        if not wanted or (tenant is None) != (wanted == WORKER_SCOPES) or (tenant and "worker" in wanted):
+            # A tenant's key that may lease would read every other tenant's feedback.
+            raise BadRequest("A key is either a tenant's with client scopes, or a worker's.", param="scopes")
         public, now = secrets.token_hex(8), clock(s)
         body = f"pk_{public}_{secrets.token_hex(32)}"
         key = f"{body}_{zlib.crc32(body.encode()):08x}"

@@ -17,8 +17,11 @@ from api_schemas.training import LoraSettings, ResolvedTraining
 from service.db.engine import clock
 from service.db.tables import Adapter, Application, Batch, Item, Job, Rollout, Run, Step, Version, Worker
 from service.errors import LeaseLost, NotFound
-from service.store import feedback
+from service.store import adapters, feedback
 from service.store.ids import new_id
+
+MAX_ERROR = 4000
+"""Characters of a worker's error message that are kept."""
 
 
 def seen(s: Session, worker_id: str, base_model: str) -> None:
@@ -137,7 +140,8 @@ def held(s: Session, run_id: str, token: int) -> tuple[Run, Adapter]:
     run = s.get(Run, run_id)
     if run is None:
         raise NotFound("No such run.", code="run_not_found")
-    adapter = s.scalars(select(Adapter).where(Adapter.id == run.adapter_id).with_for_update()).one()
+    adapter = adapters.locked(s, run.adapter_id)
+    s.refresh(run)  # read before the lock was ours
     if run.token != token or adapter.token != token or adapter.lease_run != run.id or run.state != "running":
         raise LeaseLost("This lease is over: another run or a cancellation has taken the adapter.")
     return run, adapter
@@ -168,9 +172,12 @@ def committed(s: Session, run_id: str) -> Version | None:
 
 def commit(s: Session, run_id: str, request: wire.CommitRequest, *, digest: str, size_bytes: int) -> Version:
     """The whole effect of a run in one transaction: version, applications, jobs, head. Raises LeaseLost."""
-    if (known := committed(s, run_id)) is not None:
-        return known
-    run, adapter = held(s, run_id, request.token)
+    try:
+        run, adapter = held(s, run_id, request.token)
+    except LeaseLost:
+        if (known := committed(s, run_id)) is not None:  # by this very request, sent before
+            return known
+        raise
     if adapter.head_n != run.parent_n:
         raise LeaseLost("The adapter's head moved while this run was training.")
     now, n = clock(s), adapter.next_n
@@ -212,7 +219,7 @@ def fail(s: Session, run_id: str, request: wire.FailRequest, *, max_attempts: in
     now = clock(s)
     for job in s.scalars(select(Job).where(Job.run_id == run.id, Job.state == "running")):
         job.attempts += 1
-        job.error = request.error.model_dump()
+        job.error = {"code": request.error.code[:64], "message": request.error.message[:MAX_ERROR]}
         if request.retryable and job.attempts < max_attempts:
             job.state = "queued"
             adapter.run_after = now + backoff * 2 ** (job.attempts - 1)
@@ -237,8 +244,10 @@ def _close(adapter: Adapter, run: Run, state: str, now: float) -> None:
 
 def cancel(s: Session, job: Job) -> None:
     """A queued or running job ends; what was running is fenced. Ended jobs are left as they are."""
-    now = clock(s)
-    adapter = s.scalars(select(Adapter).where(Adapter.id == job.adapter_id).with_for_update()).one()
+    now, adapter = clock(s), adapters.locked(s, job.adapter_id)
+    s.refresh(job)  # read before the lock was ours
+    if job.state not in ("queued", "running"):
+        return
     if job.state == "running" and adapter.lease_run == job.run_id and job.run_id is not None:
         run = s.get_one(Run, job.run_id)
         # Jobs that were trained along with this one go back to the queue.

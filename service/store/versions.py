@@ -10,7 +10,7 @@ from api_schemas.jobs import StepMetrics
 from service.db.engine import clock
 from service.db.tables import Adapter, Application, Item, Job, Version
 from service.errors import NotFound, Unprocessable
-from service.store.adapters import fence
+from service.store.adapters import locked, move_head
 
 
 def get(s: Session, adapter: Adapter, n: int) -> Version:
@@ -36,26 +36,23 @@ def listing(s: Session, adapter: Adapter, after: int | None, limit: int) -> tupl
 
 
 def reject(s: Session, adapter_id: str, n: int, reason: str) -> None:
-    """The engine refuses this version for good: the head goes back to what is served, its jobs are reported failed."""
-    now = clock(s)
-    s.execute(
-        update(Version)
-        .where(Version.adapter_id == adapter_id, Version.n == n)
-        .values(status="rejected", rejection=reason)
-    )
+    """The engine refuses the head for good: its jobs are reported failed, the head goes back to what it came from.
+
+    Changes nothing when the head has moved on, or when the version was served meanwhile.
+    """
+    adapter = locked(s, adapter_id)
+    if adapter.head_n != n or adapter.live_n == n:
+        return
+    version = s.get_one(Version, (adapter_id, n))
+    version.status, version.rejection = "rejected", reason
     applied = select(Application.job_id).where(Application.adapter_id == adapter_id, Application.version_n == n)
     s.execute(
         update(Job)
         .where(Job.id.in_(applied))
-        .values(state="failed", error={"code": "version_rejected", "message": reason}, finished_at=now)
+        .values(state="failed", error={"code": "version_rejected", "message": reason}, finished_at=clock(s))
     )
-    adapter = s.get_one(Adapter, adapter_id)
-    if adapter.head_n == n:
-        running = adapter.lease_run
-        if running is not None:
-            s.execute(update(Job).where(Job.run_id == running, Job.state == "running").values(state="queued"))
-        fence(s, adapter, now, "superseded")
-        adapter.head_n = adapter.live_n
+    # Not to what is live: between the two there may be versions that are only not served yet.
+    move_head(s, adapter, version.parent_n)
 
 
 def feedback_of(s: Session, version: Version) -> tuple[list[str], list[str]]:

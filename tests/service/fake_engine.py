@@ -1,0 +1,196 @@
+"""An inference engine at the HTTP port: vLLM's routes with behaviour, and faults on demand.
+
+It refuses what vLLM refuses: a taken name (400), a missing path (404), missing weights (500), an unknown model (404), a
+prompt beyond the window (400). A `cache_salt` that is not alphanumeric kills it, as CVE-2026-105756 did. Its answers
+name the model that gave them, one token per word.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+
+Json = dict[str, Any]
+
+
+class FakeEngine(httpx2.AsyncBaseTransport):
+    def __init__(self, base: str, *, window: int = 2048) -> None:
+        self.base = base
+        self.window = window
+        self.adapters: dict[str, str] = {}
+        """Served name -> directory."""
+        self.events: list[tuple[str, str]] = []
+        """("load" | "unload" | "chat" | "done" | "aborted", served name), in order."""
+        self.payloads: list[Json] = []
+        self.headers: list[dict[str, str]] = []
+        self.down = False
+        self.sick = False
+        """/health says 503."""
+        self.refused: dict[str, int] = {}
+        """Served name -> status of its load; loads of others go on."""
+        self.refusals = 10**9
+        """So many loads are refused, later ones are not."""
+        self.lost_replies = 0
+        """So many loads are done without their reply arriving."""
+        self.break_after: int | None = None
+        """Streams break off after so many tokens..."""
+        self.break_by = "error"
+        """... by an error event, a closed connection ("cut"), [DONE] without an end ("silent") or "garbage"."""
+        self.raw_answer: bytes | None = None
+        """Given instead of a whole answer."""
+        self.token_ids = True
+        self.held: asyncio.Event | None = None
+        """Streams stop after their second token until this is set."""
+        self.held_load: asyncio.Event | None = None
+
+    def forget(self) -> None:
+        """A restart: what was loaded at run time is gone."""
+        self.adapters.clear()
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        if self.down:
+            raise httpx2.ConnectError("refused", request=request)
+        body = json.loads(await request.aread() or b"{}")
+        path = request.url.path
+        if path == "/v1/load_lora_adapter":
+            return await self._load(body, request)
+        if path == "/v1/chat/completions":
+            self.headers.append(dict(request.headers))
+            return self._chat(body)
+        if path == "/v1/unload_lora_adapter":
+            return self._unload(body["lora_name"])
+        if path == "/tokenize":
+            return self._tokenize(body)
+        if path == "/v1/models":
+            return httpx2.Response(200, json={"object": "list", "data": self._models()})
+        if path == "/health":
+            return httpx2.Response(503 if self.sick else 200)
+        assert path == "/version", path
+        return httpx2.Response(200, json={"version": "0.32.0"})
+
+    def _models(self) -> list[Json]:
+        base = {"id": self.base, "root": self.base, "parent": None, "max_model_len": self.window}
+        return [base, *({"id": n, "root": p, "parent": self.base} for n, p in self.adapters.items())]
+
+    async def _load(self, body: Json, request: httpx2.Request) -> httpx2.Response:
+        name, path = body["lora_name"], Path(body["lora_path"])
+        self.events.append(("load", name))
+        if self.held_load is not None:
+            await self.held_load.wait()
+        if name in self.refused and self.refusals > 0:
+            self.refusals -= 1
+            return _error(self.refused[name], "InternalServerError")
+        if name in self.adapters:
+            return _error(400, f"The lora adapter '{name}' has already been loaded.")
+        if not (path / "adapter_config.json").is_file():
+            return _error(404, f"No adapter found for {path}")
+        if not (path / "adapter_model.safetensors").is_file():
+            return _error(500, "no weights")
+        self.adapters[name] = str(path)
+        if self.lost_replies > 0:
+            self.lost_replies -= 1
+            raise httpx2.ReadError("connection reset", request=request)
+        return httpx2.Response(200, text=f"Success: LoRA adapter '{name}' added successfully.")
+
+    def _unload(self, name: str) -> httpx2.Response:
+        if self.adapters.pop(name, None) is None:
+            return _error(404, f"The lora adapter '{name}' cannot be found.")
+        self.events.append(("unload", name))
+        return httpx2.Response(200, text="Success")
+
+    def _tokenize(self, body: Json) -> httpx2.Response:
+        text = body["prompt"] if "prompt" in body else " ".join(m["content"] for m in body["messages"])
+        return httpx2.Response(200, json={"count": len(text.split()), "max_model_len": self.window})
+
+    def _chat(self, body: Json) -> httpx2.Response:
+        self.payloads.append(body)
+        model = body["model"]
+        if not str(body["cache_salt"]).isalnum():
+            self.down = True
+            return _error(500, "the engine died of a salt")
+        if model != self.base and model not in self.adapters:
+            return _error(404, f"The model `{model}` does not exist.")
+        prompt = [1, *(len(w) for m in body["messages"] for w in m["content"].split())]
+        if len(prompt) >= self.window:
+            return _error(400, f"This model's maximum context length is {self.window} tokens.")
+        self.events.append(("chat", model))
+        words = ["I", " am", f" {model}"][: body.get("max_tokens", 3)]
+        if body.get("stream"):
+            return httpx2.Response(200, stream=_Stream(self, body, prompt, words))
+        if self.raw_answer is not None:
+            return httpx2.Response(200, content=self.raw_answer)
+        choice = self._choice(body, words, 0) | {"message": {"role": "assistant", "content": "".join(words)}}
+        answer = {"id": "chatcmpl-engine", "model": model, "choices": [choice], "usage": _usage(prompt, words)}
+        return httpx2.Response(200, json=answer | self._prompt(body, prompt))
+
+    def _prompt(self, body: Json, prompt: list[int]) -> Json:
+        return {"prompt_token_ids": prompt} if self.token_ids and body.get("return_token_ids") else {}
+
+    def _choice(self, body: Json, words: list[str], at: int, *, last: bool = True) -> Json:
+        choice: Json = {"index": 0, "logprobs": None, "finish_reason": "stop" if last else None}
+        if body.get("logprobs"):
+            entries = [{"token": w, "logprob": -0.25 * (at + i + 1)} for i, w in enumerate(words)]
+            choice["logprobs"] = {"content": entries}
+        if self.token_ids and body.get("return_token_ids"):
+            choice["token_ids"] = [100 + at + i for i in range(len(words))]
+        return choice
+
+    async def chunks(self, body: Json, prompt: list[int], words: list[str]) -> AsyncIterator[bytes]:
+        head = {"id": "chatcmpl-engine", "model": body["model"], "object": "chat.completion.chunk"}
+        role = {"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+        yield _event(head | {"choices": [role]} | self._prompt(body, prompt))
+        for at, word in enumerate(words):
+            if at == self.break_after:
+                yield self._broken()
+                return
+            if at == 2 and self.held is not None:
+                await self.held.wait()
+            choice = self._choice(body, [word], at, last=at == len(words) - 1) | {"delta": {"content": word}}
+            yield _event(head | {"choices": [choice]})
+        if (body.get("stream_options") or {}).get("include_usage"):
+            yield _event(head | {"choices": [], "usage": _usage(prompt, words)})
+        yield b"data: [DONE]\n\n"
+
+    def _broken(self) -> bytes:
+        if self.break_by == "cut":
+            raise httpx2.ReadError("connection reset")
+        broken = {"error": b'data: {"error": {"message": "CUDA error"}}\n\n', "garbage": b'data: {"choices": 7}\n\n'}
+        return broken.get(self.break_by, b"") + b"data: [DONE]\n\n"
+
+
+class _Stream(httpx2.AsyncByteStream):
+    def __init__(self, engine: FakeEngine, body: Json, prompt: list[int], words: list[str]) -> None:
+        self._engine, self._model, self._ended = engine, body["model"], False
+        self._chunks = engine.chunks(body, prompt, words)
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        async for chunk in self._chunks:
+            yield chunk
+        self._ended = True
+        self._engine.events.append(("done", self._model))
+
+    async def aclose(self) -> None:
+        if not self._ended:
+            self._ended = True
+            self._engine.events.append(("aborted", self._model))
+
+
+def _event(body: Json) -> bytes:
+    return f"data: {json.dumps(body)}\n\n".encode()
+
+
+def _usage(prompt: list[int], words: list[str]) -> Json:
+    return {
+        "prompt_tokens": len(prompt),
+        "completion_tokens": len(words),
+        "total_tokens": len(prompt) + len(words),
+    }
+
+
+def _error(status: int, message: str) -> httpx2.Response:
+    return httpx2.Response(status, json={"error": {"message": message, "type": "error", "code": status}})
