@@ -102,12 +102,14 @@ def serve(arguments: argparse.Namespace, channel_socket: socket.socket) -> None:
     tasks: queue.SimpleQueue[Task] = queue.SimpleQueue()
     threading.Thread(target=listen, args=(channel_socket.makefile("rb"), tasks), daemon=True).start()
     import torch
+    from transformers.utils.logging import disable_progress_bar
 
     from worker.base_model import load_base
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
+    disable_progress_bar()
     base = load_base(arguments.model, arguments.base_model, arguments.device, arguments.dtype)
     channel = Channel(channel_socket)
     parameters = sum(p.numel() for p in base.module.parameters())

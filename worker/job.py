@@ -81,6 +81,10 @@ def run_job(lease: Lease, base: BaseModel, root: Path, *, report: Report, should
 def _prepare(lease: Lease, base: BaseModel, root: Path) -> _Prepared:
     if lease.base_model != base.name:
         raise base_mismatch(f"this worker holds {base.name!r}, the lease is for {lease.base_model!r}")
+    try:
+        staging_of(root, lease.adapter_id, lease.run_id, lease.token)
+    except ValueError as error:
+        raise TrainingFailedError("bad_lease", str(error), retryable=False) from error
     clear_leftovers(root, lease.adapter_id, lease.token)
     return _Prepared(
         lease=lease,

@@ -105,9 +105,13 @@ def publish(staging: Path, final: Path) -> list[FileEntry]:
 def discard(root: Path, adapter_id: str, run_id: str, token: int, *, published: bool) -> None:
     """Remove what a given-up run wrote. `published`: also its final directory, which is safe only as long as no
     commit of the run has ever been sent: from then on only the service knows whether a version refers to it."""
+    try:
+        final = directory_of(root, f"{adapter_id}/{run_id}")
+    except ValueError:
+        return  # ids that name no place: nothing was written
     shutil.rmtree(staging_of(root, adapter_id, run_id, token), ignore_errors=True)
     if published:
-        shutil.rmtree(directory_of(root, f"{adapter_id}/{run_id}"), ignore_errors=True)
+        shutil.rmtree(final, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

@@ -17,12 +17,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from sdpo_core.lora import LoraSpec, attached
+from sdpo_core.standing import Probe, update_standing
 from worker.base_model import BaseModel, load_base
 from worker.errors import StoppedError, TrainingFailedError
 from worker.items import samples_of
 from worker.job import is_disk_full, run_job
 from worker.messages import Done, Progress, Step
-from worker.versions import scan, version_digest
+from worker.versions import discard, scan, version_digest
 
 WEIGHTS = "adapter/adapter_model.safetensors"
 MOMENTS = "trainer/optimizer.safetensors"
@@ -114,8 +116,6 @@ def test_a_job_does_not_see_the_one_before_it(
 def test_a_version_in_bare_peft_scores_like_the_trained_model(
     run: Any, make_lease: Any, base: BaseModel, root: Path, model_dir: Path, tmp_path: Path
 ) -> None:
-    from sdpo_core.lora import attached
-
     done = run(make_lease(training=make_lease().training.model_copy(update={"learning_rate": 0.05})))
     script = tmp_path / "bare.py"
     script.write_text(
@@ -189,7 +189,7 @@ def test_text_from_elsewhere_ends_its_turn_and_cannot_forge_control_tokens(
     assert sample.teacher_prompt_ids.count(end) == plain.teacher_prompt_ids.count(end)
 
 
-def test_standing_feedback_of_the_parent_reaches_the_teacher_and_stays_first(
+def test_standing_feedback_reaches_the_teacher_and_only_lasting_remarks_join_it(
     run: Any, make_lease: Any, make_item: Any, base: BaseModel
 ) -> None:
     items = [make_item(1, feedback="a lasting wish"), make_item(2, feedback="one traceback", standing=False)]
@@ -197,7 +197,12 @@ def test_standing_feedback_of_the_parent_reaches_the_teacher_and_stays_first(
     told = base.tokenizer.decode(samples_of(lease, base)[1].teacher_prompt_ids)
     assert told.index("an old wish") < told.index("one traceback")
     assert "a lasting wish" not in told, "another item's remark is not this answer's"
-    assert run(lease).standing_feedback == ["an old wish", "a lasting wish"]
+    probes = [Probe(i.messages, s.response_ids) for i, s in zip(items, samples_of(lease, base), strict=True)]
+    with attached(base.module, LoraSpec(rank=1, target_modules=("q_proj",))) as policy:
+        judged = update_standing(policy, base.tokenizer, ["an old wish"], ["a lasting wish"], probes)
+    standing = run(lease).standing_feedback
+    assert standing == list(judged.remarks)
+    assert "one traceback" not in standing
 
 
 def test_a_batch_that_teaches_nothing_is_still_a_version(run: Any, make_lease: Any, make_item: Any, root: Path) -> None:
@@ -256,6 +261,13 @@ def test_a_parent_outside_the_root(run: Any, make_lease: Any) -> None:
     for uri in ("../secrets", "/etc/ssl", "a/b/c", "a/.."):
         parent = {"version": 1, "uri": uri, "digest": "sha256:0"}
         assert refused(run, make_lease(parent=parent)).code == "parent_corrupt"
+
+
+def test_ids_that_lead_out_of_the_root(run: Any, make_lease: Any, root: Path) -> None:
+    for adapter_id, run_id in (("..", "run"), ("adp", ".."), ("a/b", "run"), ("adp", "")):
+        assert refused(run, make_lease(adapter_id, run_id=run_id)).code == "bad_lease"
+        discard(root, adapter_id, run_id, 1, published=True)
+    assert not root.exists()
 
 
 def test_another_base_model(run: Any, make_lease: Any) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow  # every test starts processes that load torch
+
 LONG = {"steps": 64, "learning_rate": 1e-5}
 
 
