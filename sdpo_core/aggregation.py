@@ -43,9 +43,7 @@ def row_weights(lengths: Sequence[int], mode: Aggregation, padded_length: int | 
             return [1.0 / (len(lengths) * max(n, 1)) for n in lengths]
 
 
-def aggregate(
-    values_BT: Tensor, mask_BT: Tensor, mode: Aggregation, *, scale: float | None = None
-) -> Tensor:
+def aggregate(values_BT: Tensor, mask_BT: Tensor, mode: Aggregation, *, scale: float | None = None) -> Tensor:
     """The aggregated scalar of a whole batch, attached to the graph; masked values may be NaN and count as nothing.
 
     `scale` overrides the padded length of seq-mean-token-sum-norm.

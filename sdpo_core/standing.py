@@ -10,8 +10,9 @@ The decision (`select`) is apart from the model calls (`teacher_effect`), so it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -26,6 +27,8 @@ DEFAULT_EPS = 0.05
 """Mean KL in nats per response token below which a remark alone changes nothing. Measured: docs/algorithm.md."""
 DEFAULT_SHARE = 0.2
 """A remark that alone has effect e adds something beside newer ones if it still has more than this share of e."""
+_MEMO_ELEMENTS = 1 << 26
+"""Opinions above this many floats (256 MB) are recomputed rather than kept."""
 
 Effect = Callable[[Sequence[str], Sequence[str]], float]
 """effect(without, with_): how much the teacher's answers change when `with_` is told instead of `without`, >= 0."""
@@ -116,32 +119,58 @@ def teacher_effect(
     template: ContextTemplate = DEFAULT_TEMPLATE,
 ) -> Effect:
     """An `Effect` asking the frozen teacher (adapter off): mean over response tokens of KL(with || without), nats."""
-
-    def prompts(remarks: Sequence[str]) -> list[list[int]]:
-        return [chat_ids(tokenizer, teacher_messages(p.messages, remarks, None, template)) for p in probes]
+    teacher = _Teacher(policy, tokenizer, probes, micro_batch_tokens, template)
 
     def effect(without: Sequence[str], with_: Sequence[str]) -> float:
-        plain, told = prompts(without), prompts(with_)
         total, tokens = 0.0, 0
-        lengths = [len(t) + len(p.response_ids) for t, p in zip(told, probes, strict=True)]
-        for rows in micro_batches(lengths, micro_batch_tokens):
-            answers = [probes[r].response_ids for r in rows]
-            mask_BT, logp_BTV = _teacher_logp(policy, [told[r] for r in rows], answers)
-            _, plain_BTV = _teacher_logp(policy, [plain[r] for r in rows], answers)
-            kl_BT = (logp_BTV.exp() * (logp_BTV - plain_BTV)).sum(-1)
-            total += float(kl_BT[mask_BT].double().sum())
-            tokens += int(mask_BT.sum())
+        for plain_TV, told_TV in zip(teacher.opinions(without), teacher.opinions(with_), strict=True):
+            total += float((told_TV.exp() * (told_TV - plain_TV)).sum(-1).double().sum())
+            tokens += told_TV.shape[0]
         return total / max(tokens, 1)
 
     return effect
 
 
-@torch.no_grad()
-def _teacher_logp(
-    policy: Policy, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    batch = token_batch(prompts, answers, policy.device)
-    return batch.mask(), dv.log_probs(response_logits(policy, batch, adapter=False))
+@dataclass
+class _Teacher:
+    """The frozen teacher's log-probs on the probes' response tokens, told some remarks."""
+
+    policy: Policy
+    tokenizer: ChatTokenizer
+    probes: Sequence[Probe]
+    micro_batch_tokens: int
+    template: ContextTemplate
+    memo: dict[tuple[str, ...], list[torch.Tensor]] = field(default_factory=dict)
+    """The last few opinions, where they are small: one comparison's base line is mostly the next one's too."""
+
+    def opinions(self, remarks: Sequence[str]) -> Iterable[torch.Tensor]:
+        """(T, V) log-probs per probe."""
+        key = tuple(remarks)
+        if key in self.memo:
+            return self.memo[key]
+        scored = self._score(key)
+        tokens = sum(len(p.response_ids) for p in self.probes)
+        first = next(scored)
+        everything = itertools.chain([first], scored)
+        if tokens * first.shape[-1] > _MEMO_ELEMENTS:
+            return everything
+        while len(self.memo) >= 3:
+            del self.memo[next(k for k in self.memo if k)]  # "told nothing" is needed for every remark: keep it
+        self.memo[key] = list(everything)
+        return self.memo[key]
+
+    def _score(self, remarks: Sequence[str]) -> Iterator[torch.Tensor]:
+        prompts = [chat_ids(self.tokenizer, self._messages(p, remarks)) for p in self.probes]
+        lengths = [len(ids) + len(p.response_ids) for ids, p in zip(prompts, self.probes, strict=True)]
+        for rows in micro_batches(lengths, self.micro_batch_tokens):
+            answers = [self.probes[r].response_ids for r in rows]
+            batch = token_batch([prompts[r] for r in rows], answers, self.policy.device)
+            with torch.no_grad():
+                logp_BTV = dv.log_probs(response_logits(self.policy, batch, adapter=False))
+            yield from (logp_BTV[b, : len(a)] for b, a in enumerate(answers))
+
+    def _messages(self, probe: Probe, remarks: Sequence[str]) -> list[dict[str, str]]:
+        return teacher_messages(probe.messages, remarks, None, self.template)
 
 
 def update_standing(

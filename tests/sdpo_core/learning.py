@@ -50,6 +50,11 @@ def load() -> tuple[Any, Any]:
     return AutoModelForCausalLM.from_pretrained(MODEL).eval(), AutoTokenizer.from_pretrained(MODEL)
 
 
+def wordings(key: str) -> tuple[str, ...]:
+    """Remarks asking for a preference, less those the teacher takes for a correction of the answer's words."""
+    return tuple(r for r in PREFERENCES[key].remarks if not r.lower().startswith("you should have"))
+
+
 @dataclass(frozen=True)
 class Answer:
     prompt_ids: tuple[int, ...]
@@ -78,7 +83,7 @@ class Learner:
         self.tokenizer, self.options, self.keeps_standing, self.eps = tokenizer, options, standing, eps
         self.policy = attach_lora(model, LoraSpec(rank=rank, alpha=alpha, seed=seed))
         self.optimizer = make_optimizer(self.policy, options)
-        self.rng = random.Random(f"person {seed}")
+        self.rng = random.Random(f"person {seed}")  # noqa: S311 - not for secrets
         self.generator = torch.Generator().manual_seed(seed)
         self.standing: tuple[str, ...] = ()
         self.seconds = 0.0
@@ -125,11 +130,11 @@ class Learner:
         self.results.append(result)
         return result
 
-    def prefer(self, key: str, batches: int, *, batch: int = 8, wordings: int | None = None) -> None:
-        """Teach one preference: random training questions, random wordings of the wish (from `wordings` if given)."""
-        texts = PREFERENCES[key].remarks
-        if wordings is not None:
-            texts = tuple(self.rng.sample(texts, wordings))
+    def prefer(self, key: str, batches: int, *, batch: int = 8, different: int | None = None) -> None:
+        """Teach one preference: random training questions, random wordings of the wish (`different` ones at most)."""
+        texts = wordings(key)
+        if different is not None:
+            texts = tuple(self.rng.sample(texts, different))
         for _ in range(batches):
             questions = tasks.training_tasks(self.rng.randrange(1 << 30), batch)
             self.learn(questions, [self.rng.choice(texts) for _ in questions])
