@@ -37,7 +37,7 @@ def build(settings: Settings, *, transport: httpx2.AsyncBaseTransport | None = N
         raise FileNotFoundError("PERENNIAL_MODEL_DIR is not set: the service reads there which adapters fit the base")
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     settings.adapters_root.mkdir(parents=True, exist_ok=True)
-    database = Database(settings.db_url)
+    database = Database(settings.db_url, busy_seconds=settings.database_busy_seconds)
     key = settings.engine_api_key.get_secret_value() if settings.engine_api_key else None
     engine = EngineClient(settings.engine_url, api_key=key, timeout=settings.engine_timeout, transport=transport)
     return Context(

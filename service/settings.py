@@ -16,6 +16,8 @@ class Settings(BaseSettings):
     """Holds the database, the adapters, archives and the server's own secrets."""
     database_url: str | None = None
     """SQLAlchemy URL; SQLite in `data_dir` by default."""
+    database_busy_seconds: Annotated[float, Field(gt=0)] = 5.0
+    """How long a request waits for a locked database before it is answered with 503."""
     adapters_dir: Path | None = None
     """Version directories; worker and engine see the same directory (at `engine_adapters_dir`)."""
     engine_adapters_dir: Path | None = None

@@ -7,6 +7,7 @@ on such a build the rollback journal is used instead.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,14 @@ from typing import Any
 
 from sqlalchemy import Engine, Float, create_engine, event, select
 from sqlalchemy.engine import Connection, make_url
-from sqlalchemy.exc import DatabaseError, DataError, IntegrityError, InterfaceError, ProgrammingError
+from sqlalchemy.exc import (
+    DatabaseError,
+    DataError,
+    DisconnectionError,
+    IntegrityError,
+    InterfaceError,
+    ProgrammingError,
+)
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import Session
@@ -126,10 +134,17 @@ def _sqlite_engine(url: str, busy_seconds: float) -> Engine:
     )
 
     @event.listens_for(engine, "connect")
-    def _configure(connection: Any, _record: Any) -> None:
+    def _configure(connection: Any, record: Any) -> None:
         connection.isolation_level = None  # we say BEGIN ourselves
         for pragma in (f"journal_mode={journal_mode()}", "synchronous=FULL", "foreign_keys=ON"):
             connection.execute(f"PRAGMA {pragma}")
+        record.info["file"] = _identity(engine)
+
+    @event.listens_for(engine, "checkout")
+    def _same_file(_connection: Any, record: Any, _proxy: Any) -> None:
+        # A file that was deleted or replaced can still be written, and what is written there is lost.
+        if record.info["file"] != _identity(engine):
+            raise DisconnectionError("the database file is another one")
 
     @event.listens_for(engine, "begin")
     def _begin(connection: Connection) -> None:
@@ -137,3 +152,12 @@ def _sqlite_engine(url: str, busy_seconds: float) -> Engine:
         connection.exec_driver_sql(f"BEGIN {mode}")
 
     return engine
+
+
+def _identity(engine: Engine) -> tuple[int, int] | None:
+    """Which file lies at the database's path; None when there is none, or the database is in memory."""
+    try:
+        found = os.stat(engine.url.database or "")
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino

@@ -1,4 +1,4 @@
-"""The service over HTTP with two tenants and a worker; the database is a real file, the engine a fake with behaviour."""
+"""The service over HTTP with two tenants and a worker, on a real database file and a fake engine with behaviour."""
 
 from __future__ import annotations
 

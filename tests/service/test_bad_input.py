@@ -1,0 +1,321 @@
+"""Bad input: a clear 4xx with a code, and nothing changed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.db.engine import sqlite
+from tests.service.harness import LORA, Json, Stack, batch, error_of
+
+TABLES = ("feedback_batches", "feedback_items", "jobs", "rollouts", "adapters")
+
+
+def counts(stack: Stack) -> dict[str, int]:
+    return {table: stack.count(table) for table in TABLES}
+
+
+def next_seq(stack: Stack) -> int:
+    return int(stack.rows("SELECT next_seq FROM adapters")[0]["next_seq"])
+
+
+@pytest.fixture
+def helper(stack: Stack) -> Stack:
+    """A service where alice has an adapter."""
+    stack.alice.create()
+    return stack
+
+
+def test_feedback_on_an_unknown_or_a_foreign_completion_is_the_same_404(helper: Stack) -> None:
+    helper.bob.create("helper")
+    foreign = helper.bob.chat()["id"]
+    before = counts(helper)
+    errors = []
+    for completion in ("chatcmpl-unknown", foreign):
+        body = {"items": [{"completion_id": completion, "feedback": "x"}], "adapter": "helper"}
+        error = error_of(helper.alice.post("/v1/feedback", body), 404, "completion_not_found")
+        errors.append({k: v.replace(completion, "ID") for k, v in error.items()})
+    assert errors[0] == errors[1]
+    assert errors[0]["param"] == "items.0.completion_id"
+    assert counts(helper) == before
+
+
+def test_a_batch_is_taken_whole_or_not_at_all(helper: Stack) -> None:
+    good = helper.alice.chat()["id"]
+    before, seq = counts(helper), next_seq(helper)
+    body = {"items": [{"completion_id": good, "feedback": "x"}, {"completion_id": "chatcmpl-no", "feedback": "y"}]}
+    error = error_of(helper.alice.post("/v1/feedback", body), 404, "completion_not_found")
+    assert error["param"] == "items.1.completion_id"
+    assert counts(helper) == before
+    assert next_seq(helper) == seq
+
+
+def test_answers_of_another_adapter_are_refused(helper: Stack) -> None:
+    helper.alice.create("other")
+    answer = helper.alice.chat("other")["id"]
+    body = {"items": [{"completion_id": answer, "feedback": "x"}], "adapter": "helper"}
+    error_of(helper.alice.post("/v1/feedback", body), 422, "adapter_mismatch")
+    mixed = [{"completion_id": i, "feedback": "x"} for i in (answer, helper.alice.chat("helper")["id"])]
+    error_of(helper.alice.post("/v1/feedback", {"items": mixed}), 422, "adapter_required")
+    assert helper.count("jobs") == 0
+
+
+def test_too_long_for_the_window_says_both_lengths(make_stack: Callable[..., Stack]) -> None:
+    stack = make_stack()
+    stack.alice.create()
+    stack.engine.window = 300
+    stack.converge()  # the publisher hears the new window
+    before = counts(stack)
+    error = error_of(stack.alice.post("/v1/feedback", batch("word " * 400)), 422, "context_length_exceeded")
+    assert "485 tokens" in error["message"]  # 400 + 3 + 2 words, 64 + 16 of template
+    assert "300" in error["message"]
+    assert error["param"] == "items.0"
+    assert counts(stack) == before
+    # 200 words are more than 300 bytes: only a real count can admit them.
+    assert stack.alice.post("/v1/feedback", batch("word " * 200)).status_code == 202
+
+
+def test_feedback_is_taken_while_the_engine_is_away(helper: Stack) -> None:
+    helper.converge()
+    helper.engine.down = True
+    assert helper.alice.post("/v1/feedback", batch("shorter")).status_code == 202
+
+
+def test_a_window_that_was_never_known_is_503_not_a_guess(make_stack: Callable[..., Stack]) -> None:
+    from tests.service.fake_engine import FakeEngine
+
+    engine = FakeEngine("tiny/base")
+    engine.down = True
+    stack = make_stack(engine)
+    stack.alice.create()
+    answer = stack.alice.post("/v1/feedback", batch("shorter"))
+    error_of(answer, 503, "engine_unavailable")
+    assert answer.headers["retry-after"] == "2"
+    assert stack.count("jobs") == 0
+
+
+def test_over_quota_is_429_with_retry_after(make_stack: Callable[..., Stack]) -> None:
+    stack = make_stack(max_queued_jobs=2, max_adapters=2)
+    stack.alice.create()
+    for remark in ("a", "b"):
+        stack.alice.feedback(remark)
+    answer = stack.alice.post("/v1/feedback", batch("c"))
+    error_of(answer, 429, "over_quota")
+    assert int(answer.headers["retry-after"]) > 0
+    assert stack.count("jobs") == 2
+    stack.worker.train()
+    stack.alice.feedback("c")
+    stack.alice.create("second")
+    answer = stack.alice.post("/v1/adapters", {"name": "third"})
+    error_of(answer, 429, "over_quota")
+    assert int(answer.headers["retry-after"]) > 0
+    assert stack.bob.post("/v1/adapters", {"name": "third"}).status_code == 201
+
+
+@pytest.mark.parametrize("fault", ["locked", "overwritten", "gone"])
+def test_a_dead_database_is_503_and_what_was_acknowledged_stays(make_stack: Callable[..., Stack], fault: str) -> None:
+    stack = make_stack(database_busy_seconds=0.05)
+    stack.alice.create()
+    kept = stack.alice.feedback("before")
+    path = stack.context.settings.data_dir / "perennial.db"
+    heal = break_database(path, fault)
+    calls = [(stack.alice, "POST", "/v1/feedback", batch("during"))]
+    calls += [(stack.worker.caller, "POST", "/worker/v1/leases", {"worker_id": "w", "base_model": "b"})]
+    if fault != "locked":  # a writer does not keep readers out
+        calls += [(stack.alice, "GET", "/v1/jobs", {})]
+    for caller, method, route, body in calls:
+        answer = caller.request(method, route, json=body)
+        error_of(answer, 503, "database_unavailable")
+        assert int(answer.headers["retry-after"]) > 0
+    assert stack.client.get("/healthz").status_code == 200
+    heal()
+    assert stack.alice.job(kept["job_id"])["status"] == "queued"
+    assert stack.count("feedback_batches") == 1
+    stack.alice.feedback("after")
+
+
+def break_database(path: Path, fault: str) -> Callable[[], Any]:
+    """Make the file unusable in earnest; the returned function puts it right again."""
+    if fault == "locked":
+        other = sqlite.connect(path, isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        return other.close
+    files = [path, *(p for p in path.parent.glob("perennial.db-*"))]
+    saved = {p: p.read_bytes() for p in files}
+    for file in files:
+        file.unlink()
+    if fault == "overwritten":
+        path.write_bytes(b"this is not a database " * 1000)
+    else:
+        path.mkdir()
+
+    def heal() -> None:
+        path.rmdir() if path.is_dir() else path.unlink()
+        for file, content in saved.items():
+            file.write_bytes(content)
+
+    return heal
+
+
+CHAT = {"model": "helper", "messages": [{"role": "user", "content": "hi"}]}
+BAD_BODIES: list[tuple[str, Any, str, str | None]] = [
+    ("/v1/adapters", {"name": "x", "colour": "red"}, "unknown_parameter", "colour"),
+    ("/v1/adapters", {"name": "x", "lora": {"rnk": 3}}, "unknown_parameter", "lora.rnk"),
+    ("/v1/adapters", {}, "missing_parameter", "name"),
+    ("/v1/adapters", {"name": "x", "lora": {"rank": "8"}}, "invalid_parameter", "lora.rank"),
+    ("/v1/adapters", {"name": "x", "lora": {"rank": 8.0}}, "invalid_parameter", "lora.rank"),
+    ("/v1/adapters", {"name": "x", "lora": {"rank": True}}, "invalid_parameter", "lora.rank"),
+    ("/v1/adapters", {"name": "x", "lora": {"rank": 10**30}}, "invalid_parameter", "lora.rank"),
+    ("/v1/adapters", {"name": "x", "lora": {"target_modules": ["wings"]}}, "unknown_module", "lora.target_modules"),
+    ("/v1/adapters", {"name": "x", "lora": {"target_modules": ["embed_tokens"]}}, "unknown_module", "lora.target_modules"),
+    ("/v1/adapters", {"name": "x", "base_model": "other/base"}, "unknown_base_model", "base_model"),
+    ("/v1/adapters", {"name": "x", "training": {"learning_rate": 0}}, "invalid_parameter", "training.learning_rate"),
+    ("/v1/adapters", {"name": "x", "training": {"support": "sampled"}}, "invalid_training", "training"),
+    ("/v1/adapters", {"name": 5}, "invalid_parameter", "name"),
+    *[
+        ("/v1/adapters", {"name": name}, "invalid_parameter", "name")
+        for name in ("", " ", "a/b", "..", "../x", "a@v1", "naïve", "A", "x" * 64, "a b", "a\n", "a\x00", "-a")
+    ],
+    ("/v1/feedback", {"items": []}, "invalid_parameter", "items"),
+    ("/v1/feedback", {"items": [{"feedback": "x"}]}, "invalid_parameter", "items.0"),
+    ("/v1/feedback", batch(""), "invalid_parameter", "items.0.feedback"),
+    ("/v1/feedback", batch(" \n\t"), "invalid_parameter", "items.0.feedback"),
+    ("/v1/feedback", batch("a\x00b"), "invalid_parameter", "items.0.feedback"),
+    ("/v1/feedback", batch("ok", "x" * 16_001), "invalid_parameter", "items.1.feedback"),
+    ("/v1/feedback", {"items": [{"completion_id": 7, "feedback": "x"}]}, "invalid_parameter", "items.0.completion_id"),
+    ("/v1/feedback", {"items": [{"completion_id": "a/b", "feedback": "x"}]}, "invalid_parameter", "items.0.completion_id"),
+    ("/v1/feedback", batch("x") | {"training": {"steps": 0}}, "invalid_parameter", "training.steps"),
+    ("/v1/feedback", batch("x") | {"training": {"alpha": 0, "support": "student_topk"}}, "invalid_training", "training"),
+    ("/v1/chat/completions", CHAT | {"messages": []}, "invalid_parameter", "messages"),
+    ("/v1/chat/completions", CHAT | {"n": 2}, "invalid_parameter", "n"),
+    ("/v1/chat/completions", CHAT | {"temperature": "hot"}, "invalid_parameter", "temperature"),
+    ("/v1/chat/completions", CHAT | {"max_tokens": 0}, "invalid_parameter", "max_tokens"),
+    ("/v1/chat/completions", CHAT | {"top_logprobs": 2}, "invalid_parameter", "body"),
+    ("/v1/chat/completions", CHAT | {"chat_template": "{{x}}"}, "unknown_parameter", "chat_template"),
+    ("/v1/chat/completions", CHAT | {"cache_salt": "x"}, "unknown_parameter", "cache_salt"),
+    ("/v1/chat/completions", CHAT | {"priority": 1}, "unknown_parameter", "priority"),
+]  # fmt: skip
+
+
+def test_bad_bodies_are_named_and_change_nothing(helper: Stack) -> None:
+    before = counts(helper)
+    for path, body, code, param in BAD_BODIES:
+        answer = helper.alice.post(path, body)
+        assert error_of(answer, 422, code)["param"] == param, (path, body, answer.text)
+    assert counts(helper) == before
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "code"),
+    [
+        (b"{", 400, "invalid_json"),
+        (b"\xff\xfe{", 400, "invalid_json"),
+        (b'{"name": "\xff"}', 400, "invalid_json"),
+        (b"[" * 100_000, 400, "invalid_json"),
+        (b'{"a":' * 50_000 + b"1" + b"}" * 50_000, 400, "invalid_json"),
+        (b'{"name": ' + b"9" * 5000 + b"}", 400, "invalid_json"),
+        (b"", 422, "missing_parameter"),
+        (b"null", 422, "invalid_parameter"),
+        (b"[]", 422, "invalid_parameter"),
+        (b'"text"', 422, "invalid_parameter"),
+        (b"7", 422, "invalid_parameter"),
+        (b'{"name": "x", "training": {"alpha": NaN}}', 422, "invalid_parameter"),
+        (b'{"name": "x", "training": {"alpha": Infinity}}', 422, "invalid_parameter"),
+        (b'{"name": "x", "training": {"alpha": 1e999}}', 422, "invalid_parameter"),
+        (b'{"name": "\\ud800"}', 422, "invalid_parameter"),
+        (b'{"name": "x", "\\ud800": 1}', 422, "invalid_parameter"),
+        (b'{"name": "x", "' + b"k" * 100_000 + b'": 1}', 422, "unknown_parameter"),
+    ],
+)
+def test_what_is_not_a_json_object_of_ours(helper: Stack, content: bytes, status: int, code: str) -> None:
+    before = counts(helper)
+    answer = helper.alice.request(
+        "POST", "/v1/adapters", content=content, headers={"content-type": "application/json"}
+    )
+    error = error_of(answer, status, code)
+    assert len(answer.content) < 1000
+    assert error["message"]
+    assert counts(helper) == before
+
+
+def test_another_content_type_is_no_json(helper: Stack) -> None:
+    body = json.dumps({"name": "x"}).encode()
+    answer = helper.alice.request("POST", "/v1/adapters", content=body, headers={"content-type": "text/plain"})
+    error_of(answer, 422, "invalid_parameter")
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_huge_body_is_413(make_stack: Callable[..., Stack], chunked: bool) -> None:
+    stack = make_stack(max_body_bytes=10_000)
+    body = json.dumps({"name": "x", "filler": "y" * 20_000}).encode()
+    content: Any = (body[i : i + 4096] for i in range(0, len(body), 4096)) if chunked else body
+    answer = stack.alice.request("POST", "/v1/adapters", content=content, headers={"content-type": "application/json"})
+    error_of(answer, 413, "body_too_large")
+    assert answer.headers["x-request-id"].startswith("req_")
+    assert stack.count("adapters") == 0
+
+
+def test_a_content_length_that_is_no_number_is_refused(helper: Stack) -> None:
+    for length in ("-1", "1e3", "²", "0x10"):
+        headers = {"content-length": length.encode("latin-1"), "content-type": "application/json"}
+        answer = helper.alice.request("POST", "/v1/adapters", content=b'{"name": "x"}', headers=headers)
+        assert answer.status_code in (400, 413), answer.text
+    assert helper.count("adapters") == 1
+
+
+@pytest.mark.parametrize("method", ["GET", "DELETE"])
+@pytest.mark.parametrize("name", ["UP", "..", "%2e%2e", "a%2Fb", "a%00", "na%C3%AFve", "%FF", "x" * 64, "a@v1"])
+def test_strange_adapter_names_in_paths(helper: Stack, method: str, name: str) -> None:
+    answer = helper.alice.request(method, f"/v1/adapters/{name}")
+    assert answer.status_code in (404, 405, 422), answer.text
+    assert answer.json()["error"]["message"]
+    assert helper.count("adapters") == 1
+
+
+def test_unknown_ids_and_routes_are_404(helper: Stack) -> None:
+    expected: list[tuple[str, str, Json | None, int, str]] = [
+        ("GET", "/v1/feedback/fb_no", None, 404, "batch_not_found"),
+        ("GET", "/v1/jobs/job_no", None, 404, "job_not_found"),
+        ("POST", "/v1/jobs/job_no/cancel", None, 404, "job_not_found"),
+        ("GET", "/v1/jobs?after=job_no", None, 404, "job_not_found"),
+        ("GET", "/v1/adapters?after=adp_no", None, 404, "adapter_not_found"),
+        ("GET", "/v1/adapters/nobody", None, 404, "adapter_not_found"),
+        ("GET", "/v1/adapters/helper/versions/9", None, 404, "version_not_found"),
+        ("GET", "/v1/adapters/helper/versions/0", None, 422, "invalid_parameter"),
+        ("GET", "/v1/adapters/helper/versions/99999999999", None, 422, "invalid_parameter"),
+        ("GET", "/v1/adapters/helper/versions/9/download", None, 404, "version_not_found"),
+        ("GET", "/v1/models/nobody", None, 404, "model_not_found"),
+        ("GET", "/v1/jobs/a%00b", None, 422, "invalid_parameter"),
+        ("GET", "/v1/feedback/a%00b", None, 422, "invalid_parameter"),
+        ("GET", "/v1/models/a%00b", None, 422, "invalid_parameter"),
+        ("GET", "/v1/jobs?limit=101", None, 422, "invalid_parameter"),
+        ("GET", "/v1/jobs?status=odd", None, 422, "invalid_parameter"),
+        ("POST", "/v1/adapters/nobody/promote", {"version": 1}, 404, "adapter_not_found"),
+        ("POST", "/v1/feedback", batch("x", adapter="nobody"), 404, "adapter_not_found"),
+        ("POST", "/v1/chat/completions", CHAT | {"model": "nobody"}, 404, "model_not_found"),
+        ("GET", "/v2/anything", None, 404, "route_not_found"),
+        ("PUT", "/v1/adapters", {}, 405, "method_not_allowed"),
+    ]
+    for method, path, body, status, code in expected:
+        error_of(helper.alice.request(method, path, json=body), status, code)
+    assert "POST" in helper.alice.request("PUT", "/v1/adapters").headers["allow"]
+
+
+def test_a_name_is_taken_once_and_free_after_deletion(helper: Stack) -> None:
+    answer = helper.alice.post("/v1/adapters", {"name": "helper", "lora": LORA})
+    error_of(answer, 409, "adapter_exists")
+    assert answer.headers["x-should-retry"] == "false"
+    old = helper.alice.adapter()["id"]
+    helper.alice.ok("DELETE", "/v1/adapters/helper")
+    assert helper.alice.create()["id"] != old
+
+
+def test_feedback_for_a_deleted_adapter_is_404(helper: Stack) -> None:
+    answer = helper.alice.chat()["id"]
+    helper.alice.ok("DELETE", "/v1/adapters/helper")
+    body = {"items": [{"completion_id": answer, "feedback": "x"}]}
+    error_of(helper.alice.post("/v1/feedback", body), 404, "adapter_not_found")
