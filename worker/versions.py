@@ -14,7 +14,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from api_schemas.worker import FileEntry
@@ -81,7 +81,16 @@ def create_staging(staging: Path) -> None:
         (staging / part).mkdir(parents=True)
 
 
-def publish(staging: Path, final: Path) -> list[FileEntry]:
+def sync(path: Path) -> None:
+    """fsync a file or a directory. Raises OSError; the data may then be lost and must be written anew."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(staging: Path, final: Path, sync: Callable[[Path], None] = sync) -> list[FileEntry]:
     """Sync and hash the staged files, then give them their final name. Returns the files' entries.
 
     After a crash the directory exists whole under `final` or not at all. When `final` already holds the same bytes (an
@@ -112,12 +121,3 @@ def discard(root: Path, adapter_id: str, run_id: str, token: int, *, published: 
     shutil.rmtree(staging_of(root, adapter_id, run_id, token), ignore_errors=True)
     if published:
         shutil.rmtree(final, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """fsync a file or a directory. Raises OSError; the data may then be lost and must be written anew."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

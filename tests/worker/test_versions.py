@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import random
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -50,6 +54,66 @@ def test_publishing_moves_everything_at_once(tmp_path: Path) -> None:
     assert not staging.exists()
     assert {f.name: (final / f.name).read_bytes() for f in files} == FILES
     assert scan(final) == files
+
+
+def test_everything_is_synced_before_the_rename_and_the_name_after_it(tmp_path: Path) -> None:
+    staging, final = staged(tmp_path), tmp_path / "adp" / "run_1"
+    before: list[str] = []
+    after: list[Path] = []
+
+    def note(path: Path) -> None:
+        if final.exists():
+            after.append(path)
+        else:
+            before.append(path.relative_to(staging).as_posix())
+
+    publish(staging, final, sync=note)
+    assert sorted(before) == sorted([*FILES, "adapter", "trainer", "."])
+    assert max(before.index(f) for f in FILES) < min(before.index(d) for d in ("adapter", "trainer", "."))
+    assert after == [final.parent]
+
+
+WRITER = """
+import itertools, pathlib, sys
+from worker.versions import create_staging, directory_of, publish, staging_of
+root = pathlib.Path(sys.argv[1])
+for n in itertools.count(int(sys.argv[2])):
+    staging = staging_of(root, "adp", f"run_{n}", n)
+    create_staging(staging)
+    for part in ("adapter", "trainer"):
+        for file in range(3):
+            (staging / part / f"f{file}").write_bytes(f"{n} {file} ".encode() * 2000)
+    publish(staging, directory_of(root, f"adp/run_{n}"))
+    print(n, flush=True)
+"""
+
+
+def test_a_version_is_whole_or_absent_whenever_the_writer_is_killed(tmp_path: Path) -> None:
+    chance = random.Random(5)  # noqa: S311 - repeatable, not secret
+    leftovers, start = 0, 0
+    for _ in range(12):
+        with subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(tmp_path), str(start)],
+            cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True,
+        ) as writer:  # fmt: skip
+            assert writer.stdout is not None
+            told = [int(writer.stdout.readline()) for _ in range(chance.randint(1, 4))]
+            threading.Event().wait(chance.uniform(0, 0.01))  # a moment inside the next version, whichever it is
+            writer.kill()
+            told += [int(line) for line in writer.stdout]
+        present = {int(p.name[4:]) for p in (tmp_path / "adp").glob("run_*")}
+        assert present >= set(told), "acknowledged and gone"
+        for number in present - set(range(start)):
+            files = {f.name: (tmp_path / "adp" / f"run_{number}" / f.name).read_bytes()
+                     for f in scan(tmp_path / "adp" / f"run_{number}")}  # fmt: skip
+            assert files == {
+                f"{part}/f{n}": f"{number} {n} ".encode() * 2000 for part in ("adapter", "trainer") for n in range(3)
+            }
+        leftovers += len(list((tmp_path / "adp").glob(".tmp-*")))
+        start = max(present) + 1
+        clear_leftovers(tmp_path, "adp", token=start)
+        assert not list((tmp_path / "adp").glob(".tmp-*"))
+    assert leftovers > 0, "no kill fell inside a version: the test proved nothing"
 
 
 def test_a_second_try_with_the_same_bytes_keeps_the_first(tmp_path: Path) -> None:
