@@ -1,0 +1,134 @@
+"""Standing feedback: bounds, and a judgement that is tested without any model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+
+from sdpo_core import LoraSpec, Probe, attached, chat_ids, teacher_messages, update_standing
+from sdpo_core.samples import token_batch
+from sdpo_core.standing import merge, select, teacher_effect
+
+
+@dataclass
+class Obedient:
+    """A teacher that obeys, per factor, the last remark it hears: "case=upper" sets case. Others say nothing to it.
+
+    Its answers are the settings that differ from the defaults and that the questions at hand are about.
+    """
+
+    about: tuple[str, ...] = ("case", "end", "start")
+    asked: list[tuple[tuple[str, ...], tuple[str, ...]]] = field(default_factory=list)
+
+    def answer(self, remarks: Sequence[str]) -> dict[str, str]:
+        heard = dict(r.split("#")[0].split("=") for r in remarks if "=" in r)
+        return {k: v for k, v in heard.items() if k in self.about and v != "default"}
+
+    def __call__(self, without: Sequence[str], with_: Sequence[str]) -> float:
+        self.asked.append((tuple(without), tuple(with_)))
+        a, b = self.answer(without), self.answer(with_)
+        return float(sum(a.get(k) != b.get(k) for k in {*a, *b}))
+
+
+def test_paraphrases_leave_one_remark() -> None:
+    batch = ["end=hope#1", "end=hope#2", "end=hope#3", "end=hope#1"] * 2
+    assert select([], batch, Obedient()).remarks == ("end=hope#1",)
+
+
+def test_an_earlier_preference_stands_beside_a_new_one() -> None:
+    result = select(["end=hope#1"], ["case=upper#1", "case=upper#2"], Obedient())
+    assert result.remarks == ("end=hope#1", "case=upper#2")
+    assert result.dropped == (("case=upper#1", "repeated_or_contradicted"),)
+
+
+def test_newest_wins_over_a_contradicted_one() -> None:
+    assert select(["end=hope", "case=upper"], ["end=bye"], Obedient()).remarks == ("case=upper", "end=bye")
+
+
+def test_going_back_to_the_default_drops_both() -> None:
+    """The newest remark changes nothing by itself, yet it is what contradicts the older one."""
+    result = select(["end=hope", "case=upper"], ["end=default"], Obedient())
+    assert result.remarks == ("case=upper",)
+    assert dict(result.dropped) == {"end=hope": "repeated_or_contradicted", "end=default": "changes_nothing"}
+
+
+def test_praise_does_not_stand() -> None:
+    result = select(["end=hope"], ["lovely", "thank you", "lovely"], Obedient())
+    assert result.remarks == ("end=hope",)
+    assert {why for _, why in result.dropped} == {"changes_nothing"}
+
+
+def test_a_remark_about_other_questions_is_kept() -> None:
+    """These questions cannot show whether it still holds."""
+    teacher = Obedient(about=("case",))
+    assert select(["end=hope"], ["case=upper"], teacher).remarks == ("end=hope", "case=upper")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.sampled_from(["case", "end", "start"]).flatmap(
+        lambda f: st.sampled_from([f"{f}={v}#{n}" for v in ("x", "y", "default") for n in (1, 2)])), max_size=8),
+    st.integers(0, 8),
+)  # fmt: skip
+def test_what_stands_says_the_same_as_everything_said(remarks: list[str], cut: int) -> None:
+    """In any history the kept remarks make an obedient teacher answer as all of them would, and none is idle."""
+    teacher = Obedient()
+    unique = list(dict.fromkeys(reversed(remarks)))[::-1]
+    kept = select(unique[:cut], unique[cut:], teacher).remarks
+    assert teacher.answer(kept) == teacher.answer(unique)
+    assert [r for r in unique if r in kept] == list(kept)
+    effective = [r for r in kept if r in unique[cut:]]
+    assert all(teacher([x for x in kept if x != r], kept) > 0 for r in effective)
+
+
+def test_merge_bounds_count_and_tokens() -> None:
+    older, new = ["a a a", "b b"], ["c", "b b", "d"]
+    assert merge(older, new, count_tokens=len) == ["a a a", "c", "b b", "d"]
+    assert merge(older, new, max_items=2, count_tokens=len) == ["b b", "d"]
+    assert merge(older, new, max_tokens=5, count_tokens=len) == ["c", "b b", "d"]
+    assert merge(older, [" "], count_tokens=len) == older
+
+
+def test_effect_is_the_frozen_teachers_mean_kl(chat_base: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Against one sequence at a time; a trained adapter on board changes nothing."""
+    probes = [
+        Probe([{"role": "user", "content": text}], tuple(tokenizer.encode(answer)))
+        for text, answer in (("hello", "he said"), ("tell me all", "ok"))
+    ]
+    kls = []
+    for p in probes:
+        logps = []
+        for remarks in (["one"], ["two", "one"]):
+            ids = chat_ids(tokenizer, teacher_messages(p.messages, remarks))
+            with torch.no_grad():
+                out = chat_base(torch.tensor([[*ids, *p.response_ids]])).logits[0, len(ids) - 1 : -1]
+            logps.append(torch.log_softmax(out.double(), -1))
+        kls += (logps[1].exp() * (logps[1] - logps[0])).sum(-1).tolist()
+    with attached(chat_base, LoraSpec()) as policy:
+        with torch.no_grad():
+            for _, parameter in policy.trainable():
+                parameter.add_(0.1)
+        for budget in (10_000, 1):
+            effect = teacher_effect(policy, tokenizer, probes, micro_batch_tokens=budget)
+            for _ in range(2):  # the second time from memory
+                assert abs(effect(["one"], ["two", "one"]) - sum(kls) / len(kls)) < 1e-5
+            assert effect(["one"], ["one"]) == 0
+        batch = token_batch([[1]], [[2]], policy.device)
+        assert not torch.equal(policy.logits(batch, adapter=True), policy.logits(batch, adapter=False))
+
+
+def test_without_answers_to_judge_by_the_merged_list_stands(
+    chat_base: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with attached(chat_base, LoraSpec()) as policy:
+        probes = [Probe([{"role": "user", "content": "x"}], ())]
+        result = update_standing(policy, tokenizer, ["a"], ["b", "a"], probes)
+        assert result.remarks == ("b", "a")
+        bounded = update_standing(policy, tokenizer, ["a"], ["b"], probes, max_items=1)
+        assert bounded.remarks == ("b",)
+        assert bounded.dropped == (("a", "over_the_bound"),)
