@@ -31,6 +31,7 @@ from sdpo_core.terms import TokenTerms, token_terms
 
 StopReason = Literal["steps", "gap_closed", "cancelled", "nothing_to_teach"]
 Behaviour = Literal["engine", "recomputed"]
+Outcome = Literal["updated", "gap_closed", "non_finite"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class StepMetrics:
     """k3 to the base, unweighted by `base_kl_weight`; nan when the base was not scored."""
     gap: float
     """Teacher-student distance, nats per response token, plain token mean."""
+    peak_gap: float
+    """Largest token's distance in each answer, mean over answers: a wish about one spot is not diluted by length."""
     mean_ratio: float
     max_ratio: float
     """Largest ratio before the clip."""
@@ -56,7 +59,7 @@ class StepMetrics:
     learning_rate: float
     response_tokens: int
     seconds: float
-    outcome: Literal["updated", "gap_closed", "non_finite"]
+    outcome: Outcome
     """What became of the step: weights moved, the gap was already closed, or the gradient was not finite."""
 
 
@@ -197,6 +200,7 @@ class _Sums:
     clipped: float = 0.0
     weight: float = 0.0
     gap: float = 0.0
+    peak_gap: float = 0.0
     entropy: float = 0.0
     max_ratio: float = 0.0
 
@@ -211,6 +215,7 @@ class _Sums:
         if clip is not None:
             self.clipped += weighted((terms.ratio >= clip) & mask_BT)
         self.gap += float(terms.gap.double().sum())
+        self.peak_gap += float(terms.gap.amax(-1).double().sum())
         self.entropy += float(terms.entropy.double().sum())
         self.max_ratio = max(self.max_ratio, float(terms.raw_ratio.max()))
 
@@ -248,8 +253,7 @@ class _Run:
             self._backward(rows, sums)
         parameters = [p for _, p in self.policy.trainable()]
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.options.max_grad_norm))
-        gap = sums.gap / self.tokens
-        outcome = self._decide(gap, norm)
+        outcome = self._decide(sums.peak_gap / len(self.live), norm)
         if outcome == "updated":
             self._update()
         metrics = self._metrics(number, sums, norm, outcome, time.perf_counter() - started)
@@ -289,12 +293,12 @@ class _Run:
             if self.behaviour[r] is None:
                 self.behaviour[r] = logp_BT[b, : len(self.live[r].response_ids)].clone()
 
-    def _decide(self, gap: float, norm: float) -> Literal["updated", "gap_closed", "non_finite"]:
-        if not (math.isfinite(norm) and math.isfinite(gap)):
+    def _decide(self, peak_gap: float, norm: float) -> Outcome:
+        if not (math.isfinite(norm) and math.isfinite(peak_gap)):
             return "non_finite"
-        first = self.history[0].gap if self.history else math.inf
-        closed = gap < self.options.stop_gap
-        closed = closed or (math.isfinite(first) and gap < self.options.stop_gap_ratio * first)
+        first = self.history[0].peak_gap if self.history else math.inf
+        closed = peak_gap < self.options.stop_gap
+        closed = closed or (math.isfinite(first) and peak_gap < self.options.stop_gap_ratio * first)
         return "gap_closed" if closed else "updated"
 
     def _update(self) -> None:
@@ -303,7 +307,7 @@ class _Run:
             # The next forward pass is under the new weights: its log-probs become the behaviour log-probs.
             self.behaviour = [None] * len(self.live)
 
-    def _metrics(self, number: int, sums: _Sums, norm: float, outcome: str, seconds: float) -> StepMetrics:
+    def _metrics(self, number: int, sums: _Sums, norm: float, outcome: Outcome, seconds: float) -> StepMetrics:
         anchored = self.fixed.base_logp is not None
         return StepMetrics(
             step=number,
@@ -311,6 +315,7 @@ class _Run:
             distill_loss=sums.distill,
             anchor_loss=sums.anchor if anchored else math.nan,
             gap=sums.gap / self.tokens,
+            peak_gap=sums.peak_gap / len(self.live),
             mean_ratio=sums.ratio / sums.weight,
             max_ratio=sums.max_ratio,
             clip_fraction=sums.clipped / sums.weight,
@@ -319,7 +324,7 @@ class _Run:
             learning_rate=float(self.optimizer.param_groups[0]["lr"]),
             response_tokens=self.tokens,
             seconds=seconds,
-            outcome=outcome,  # type: ignore[arg-type]
+            outcome=outcome,
         )
 
     def _watch(self, metrics: StepMetrics) -> None:

@@ -47,10 +47,11 @@ class Options:
 
     steps: int = 4
     """Optimizer steps per batch at most, 1 to 64."""
-    stop_gap: float = 0.01
-    """Stop before an update once the teacher-student gap (nats per response token) is below this. 0 = never."""
+    stop_gap: float = 0.25
+    """Stop before an update once the teacher-student gap is closed: below this many nats at each answer's worst token,
+    mean over answers (`StepMetrics.peak_gap`). 0 = never. Praise stays below it, so it moves nothing."""
     stop_gap_ratio: float = 0.0
-    """Stop as well once the gap is below this share of the gap at step 1. 0 = never."""
+    """Stop as well once the same gap is below this share of what it was at step 1. 0 = never."""
     micro_batch_tokens: int = 8192
     """Padded student tokens (rows x longest row) per forward pass; one sample at least."""
 

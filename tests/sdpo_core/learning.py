@@ -198,7 +198,7 @@ def main() -> None:
                 learner.praise(1) if not key else learner.prefer(key, 1)
                 if args.trace:
                     last = learner.results[-1]
-                    gaps = " ".join(f"{s.gap:.4f}" for s in last.steps)
+                    gaps = " ".join(f"{s.gap:.3f}/{s.peak_gap:.2f}" for s in last.steps)
                     print("   ", last.stop_reason, last.updates, "gaps", gaps, learner.scores(keys, 40))
             updates = sum(r.updates for r in learner.results)
             print(f"seed {seed} after {key or 'praise'}: {learner.scores(keys, args.heldout)} updates={updates} "

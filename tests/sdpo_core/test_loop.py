@@ -255,8 +255,19 @@ def test_relative_stop(base: Qwen3ForCausalLM) -> None:
     policy = nudged(base)
     result = run(policy, OPTIONS.replace(steps=40, stop_gap_ratio=0.5))
     assert result.stop_reason == "gap_closed"
-    assert result.steps[-1].gap < 0.5 * result.steps[0].gap
-    assert all(m.gap >= 0.5 * result.steps[0].gap for m in result.steps[:-1])
+    assert result.steps[-1].peak_gap < 0.5 * result.steps[0].peak_gap
+    assert all(m.peak_gap >= 0.5 * result.steps[0].peak_gap for m in result.steps[:-1])
+
+
+def test_peak_gap_is_the_mean_of_each_answers_worst_token(base: Qwen3ForCausalLM) -> None:
+    policy, samples = nudged(base), batch()
+    peaks = []
+    for s in samples:
+        teacher = slow_logp(policy, s.teacher_prompt_ids, s.response_ids, adapter=False)
+        student = slow_logp(policy, s.prompt_ids, s.response_ids, adapter=True).detach()
+        peaks.append(float((teacher.exp() * (teacher - student)).sum(-1).max()))
+    metrics = run(policy, OPTIONS.replace(support="full", steps=1, micro_batch_tokens=24)).steps[0]
+    assert metrics.peak_gap == pytest.approx(sum(peaks) / len(peaks), rel=1e-5)
 
 
 def test_callbacks_see_every_step_and_can_stop(base: Qwen3ForCausalLM) -> None:
