@@ -20,7 +20,7 @@ class AdapterCreate(Request):
 
 
 class Promote(Request):
-    version: Annotated[int, Field(ge=0)]
+    version: Annotated[int, Field(ge=0, lt=2**31)]
     """0 is the base model itself."""
 
 

@@ -13,7 +13,7 @@ import logging
 import shutil
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 
 import anyio
@@ -119,10 +119,12 @@ class Publisher:
         wanted = await anyio.to_thread.run_sync(self._pointers)
         for adapter in wanted:
             if adapter.live_n:
-                await self._alone(self.ensure_loaded, adapter.adapter_id, adapter.live_n)
+                name = served_name(adapter.adapter_id, adapter.live_n)
+                await self._alone(name, self.ensure_loaded(adapter.adapter_id, adapter.live_n))
         for adapter in wanted:
             if adapter.head_n != adapter.live_n:
-                await self._alone(self._publish, adapter.adapter_id, adapter.head_n)
+                name = served_name(adapter.adapter_id, adapter.head_n)
+                await self._alone(name, self._publish(adapter.adapter_id, adapter.head_n))
         await self._unload_unwanted(known.keys() | self._loaded)
         await self._purge_deleted()
 
@@ -130,14 +132,14 @@ class Publisher:
         with self._db.read() as s:
             return adapters.pointers(s)
 
-    async def _alone(self, step: Callable[[str, int], Awaitable[None]], adapter_id: str, n: int) -> None:
+    async def _alone(self, name: str, step: Awaitable[None]) -> None:
         """One broken version must not keep the others from being served. Raises EngineAway: then none can be."""
         try:
-            await step(adapter_id, n)
+            await step
         except EngineAway:
             raise
         except PerennialError as error:
-            log.error("publisher: %s: %s: %s", served_name(adapter_id, n), error.code, error.message)
+            log.error("publisher: %s: %s: %s", name, error.code, error.message)
 
     async def _publish(self, adapter_id: str, n: int) -> None:
         if n:
@@ -164,7 +166,7 @@ class Publisher:
         wanted = {served_name(a.adapter_id, a.live_n) for a in await anyio.to_thread.run_sync(self._pointers)}
         for name in known - wanted:
             if name.startswith("adp_"):  # the base model and adapters of others stay
-                await self._unload_if_idle(name)
+                await self._alone(name, self._unload_if_idle(name))
 
     async def _unload_if_idle(self, name: str) -> None:
         async with self._loading.setdefault(name, asyncio.Lock()):

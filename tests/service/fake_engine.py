@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,9 @@ class FakeEngine(httpx2.AsyncBaseTransport):
         self.held: asyncio.Event | None = None
         """Streams stop after their second token until this is set."""
         self.held_load: asyncio.Event | None = None
+        """Loads wait for this; `load_begun` says that one does."""
+        self.load_begun = threading.Event()
+        self.stuck_unloads = False
 
     def forget(self) -> None:
         """A restart: what was loaded at run time is gone."""
@@ -81,6 +85,7 @@ class FakeEngine(httpx2.AsyncBaseTransport):
         name, path = body["lora_name"], Path(body["lora_path"])
         self.events.append(("load", name))
         if self.held_load is not None:
+            self.load_begun.set()
             await self.held_load.wait()
         if name in self.refused and self.refusals > 0:
             self.refusals -= 1
@@ -98,6 +103,8 @@ class FakeEngine(httpx2.AsyncBaseTransport):
         return httpx2.Response(200, text=f"Success: LoRA adapter '{name}' added successfully.")
 
     def _unload(self, name: str) -> httpx2.Response:
+        if self.stuck_unloads:
+            return _error(500, "InternalServerError")
         if self.adapters.pop(name, None) is None:
             return _error(404, f"The lora adapter '{name}' cannot be found.")
         self.events.append(("unload", name))

@@ -1,0 +1,327 @@
+"""The lease protocol over HTTP: strict order, fencing, and every effect once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from api_schemas.worker import Lease
+from tests.service import peft_files
+from tests.service.harness import Json, Stack, Worker, error_of
+
+
+@pytest.fixture
+def helper(stack: Stack) -> Stack:
+    stack.alice.create()
+    return stack
+
+
+def expire(stack: Stack) -> None:
+    """The lease runs out, by the only clock that counts."""
+    stack.sql("UPDATE adapters SET lease_until = 1.0 WHERE lease_until IS NOT NULL")
+
+
+def state(stack: Stack) -> list[Json]:
+    """All that a fenced call must not change."""
+    tables = {
+        "adapters": "head_n, live_n, next_n, next_seq, open_jobs, token, lease_run, lease_until",
+        "jobs": "state, attempts, error, version_n, run_id",
+        "runs": "state, progress",
+        "versions": "n",
+        "applications": "job_id",
+        "run_steps": "step",
+    }
+    return [dict(r) for t, columns in tables.items() for r in stack.rows(f"SELECT {columns} FROM {t} ORDER BY 1")]  # noqa: S608
+
+
+def call(worker: Worker, lease: Lease, verb: str) -> int:
+    extra: dict[str, Json] = {
+        "heartbeat": {"metrics": [{"step": 9, "loss": 1.0}], "progress": {"phase": "x"}},
+        "fail": {"error": {"code": "x", "message": "y"}, "retryable": False},
+        "release": {},
+        "commit": {},
+    }
+    if verb == "commit":
+        directory = worker.root / lease.adapter_id / lease.run_id
+        if not directory.exists():
+            peft_files.write_version(worker.root, lease)
+        answer = worker.commit(lease, peft_files.manifest(directory))
+    else:
+        answer = worker.call(lease, verb, **extra[verb])
+    if answer.status_code == 409:
+        assert error_of(answer, 409, "lease_lost")
+        assert answer.headers["x-should-retry"] == "false"
+    return answer.status_code
+
+
+def test_jobs_of_one_adapter_run_in_order_and_one_at_a_time(helper: Stack) -> None:
+    for remark in ("one", "two", "three"):
+        helper.alice.feedback(remark)
+    for n, remark in enumerate(("one", "two", "three")):
+        lease = helper.worker.must_lease()
+        assert [i.feedback for i in lease.items] == [remark]
+        assert (lease.parent.version if lease.parent else 0) == n
+        assert lease.standing_feedback == ["one", "two", "three"][:n]
+        assert helper.worker.lease() is None
+        helper.worker.train(lease)
+    jobs = helper.alice.ok("GET", "/v1/jobs")["data"]
+    assert [(j["sequence"], j["version"]) for j in jobs] == [(3, 3), (2, 2), (1, 1)]
+    assert helper.alice.adapter()["queued_jobs"] == 0
+
+
+def test_two_adapters_are_leased_at_once_and_the_older_job_first(helper: Stack) -> None:
+    helper.alice.create("second")
+    helper.alice.feedback("a", adapter="second")
+    helper.alice.feedback("b", adapter="helper")
+    first, other = helper.worker.must_lease(), helper.worker.must_lease()
+    assert (first.adapter, other.adapter) == ("second", "helper")
+    assert helper.worker.lease() is None
+
+
+def test_the_lease_says_what_the_engine_recorded(helper: Stack) -> None:
+    answer = helper.alice.chat(content="one two")
+    items = [{"completion_id": answer["id"], "feedback": "x", "demonstration": "better", "standing": False}]
+    helper.alice.ok("POST", "/v1/feedback", {"items": items})
+    helper.alice.feedback("from elsewhere")
+    item = helper.worker.must_lease().items[0]
+    assert item.prompt_token_ids == [1, 3, 3]
+    assert item.response_token_ids == [100, 101, 102]
+    assert item.behaviour_logprobs == [-0.25, -0.5, -0.75]
+    assert (item.version, item.demonstration, item.standing) == (0, "better", False)
+    helper.worker.train(Lease.model_validate(lease_again(helper)))
+    text = helper.worker.must_lease().items[0]
+    assert (text.prompt_token_ids, text.response_token_ids, text.behaviour_logprobs, text.version) == (None,) * 4
+
+
+def lease_again(stack: Stack) -> Json:
+    expire(stack)
+    return stack.worker.must_lease().model_dump()
+
+
+def test_a_worker_of_another_base_gets_nothing(helper: Stack) -> None:
+    helper.alice.feedback()
+    assert helper.worker.lease(base="other/base") is None
+
+
+@pytest.mark.parametrize("verb", ["heartbeat", "commit", "fail", "release"])
+def test_an_old_token_changes_nothing(helper: Stack, verb: str) -> None:
+    helper.alice.feedback()
+    frozen = helper.worker.must_lease()
+    expire(helper)
+    current = helper.worker.must_lease()
+    assert current.token > frozen.token
+    assert current.run_id != frozen.run_id
+    assert current.seed == frozen.seed
+    before = state(helper)
+    assert call(helper.worker, frozen, verb) == 409
+    # Nor does the old run under a token that was guessed right.
+    assert call(helper.worker, frozen.model_copy(update={"token": current.token}), verb) == 409
+    assert state(helper) == before
+    assert helper.worker.train(current) == 1
+
+
+@pytest.mark.parametrize("verb", ["heartbeat", "commit", "fail", "release"])
+def test_an_unknown_run_is_404(helper: Stack, verb: str) -> None:
+    helper.alice.feedback()
+    lease = helper.worker.must_lease().model_copy(update={"run_id": "run_00"})
+    assert call(helper.worker, lease, verb) == 404
+    strange = helper.worker.caller.post(f"/worker/v1/runs/..%2f/{verb}", {"token": 1})
+    assert strange.status_code in (404, 422)
+
+
+def test_a_late_worker_that_still_holds_the_token_may_commit(helper: Stack) -> None:
+    """An expired lease that nobody took is no reason to throw the work away."""
+    helper.alice.feedback()
+    lease = helper.worker.must_lease()
+    expire(helper)
+    assert call(helper.worker, lease, "heartbeat") == 200
+    assert helper.worker.lease() is None
+    assert helper.worker.train(lease) == 1
+
+
+def test_a_heartbeat_extends_the_lease_and_reports(helper: Stack) -> None:
+    sent = helper.alice.feedback()
+    lease = helper.worker.must_lease()
+    helper.sql("UPDATE adapters SET lease_until = 1.0")
+    beat = {"progress": {"phase": "training", "step": 1, "steps": 4}, "metrics": [{"step": 1, "loss": 0.7}]}
+    for _ in range(2):
+        answer = helper.worker.call(lease, "heartbeat", **beat)
+        assert answer.json()["lease_seconds"] == helper.context.settings.lease_seconds
+    left = helper.rows("SELECT lease_until - (julianday('now') - 2440587.5) * 86400 AS s FROM adapters")[0]["s"]
+    assert 25 < left <= 30
+    job = helper.alice.job(sent["job_id"])
+    assert job["progress"] == {"phase": "training", "step": 1, "steps": 4}
+    assert [m["step"] for m in job["metrics"]] == [1]
+    bad = [{"metrics": [{"step": -1, "loss": 1}]}, {"metrics": [{"step": 2**40, "loss": 1}]}, {"extra": 1}]
+    for fields in bad:
+        assert helper.worker.call(lease, "heartbeat", **fields).status_code == 422
+
+
+def test_a_commit_sent_again_is_the_same_version_applied_once(helper: Stack) -> None:
+    helper.alice.feedback()
+    lease = helper.worker.must_lease()
+    files = peft_files.manifest(peft_files.write_version(helper.root, lease))
+    first = helper.worker.commit(lease, files)
+    helper.converge()  # the alias has moved: nothing else is to come
+    before = state(helper)
+    again = helper.worker.commit(lease, files)
+    assert first.status_code == again.status_code == 200
+    assert first.json() == again.json()
+    assert state(helper) == before
+    assert helper.count("applications") == 1
+
+
+def test_two_commits_at_once_are_one_version(helper: Stack) -> None:
+    helper.alice.feedback()
+    lease = helper.worker.must_lease()
+    files = peft_files.manifest(peft_files.write_version(helper.root, lease))
+    codes: list[int] = []
+    threads = [
+        threading.Thread(target=lambda: codes.append(helper.worker.commit(lease, files).status_code)) for _ in "ab"
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert codes == [200, 200]
+    assert (helper.count("versions"), helper.count("applications")) == (1, 1)
+
+
+def test_a_failure_is_tried_again_after_a_pause_then_final(make_stack: Callable[..., Stack]) -> None:
+    stack = make_stack(retry_backoff=60.0, max_attempts=3)
+    stack.alice.create()
+    first, second = stack.alice.feedback("bad"), stack.alice.feedback("good")
+    for attempt, pause in ((1, 60), (2, 120)):
+        assert stack.worker.fail(stack.worker.must_lease()).status_code == 204
+        job = stack.alice.job(first["job_id"])
+        assert (job["status"], job["attempts"], job["error"]["code"]) == ("queued", attempt, "out_of_memory")
+        assert stack.worker.lease() is None, "the pause holds the adapter"
+        left = stack.rows("SELECT run_after - (julianday('now') - 2440587.5) * 86400 AS s FROM adapters")[0]["s"]
+        assert pause - 5 < left <= pause
+        stack.sql("UPDATE adapters SET run_after = 0")
+    assert stack.worker.fail(stack.worker.must_lease()).status_code == 204
+    job = stack.alice.job(first["job_id"])
+    assert (job["status"], job["attempts"]) == ("failed", 3)
+    assert job["finished_at"] is not None
+    assert stack.alice.ok("GET", f"/v1/feedback/{first['id']}")["status"] == "failed"
+    assert stack.worker.train() == 1
+    assert stack.alice.job(second["job_id"])["version"] == 1
+
+
+def test_a_failure_that_no_retry_helps_is_final_at_once(helper: Stack) -> None:
+    sent = helper.alice.feedback()
+    helper.worker.fail(helper.worker.must_lease(), retryable=False, code="context_too_long")
+    job = helper.alice.job(sent["job_id"])
+    assert (job["status"], job["error"]) == ("failed", {"code": "context_too_long", "message": "no"})
+    assert helper.alice.adapter()["queued_jobs"] == 0
+
+
+def test_a_worker_cannot_fill_the_database_with_one_error(helper: Stack) -> None:
+    sent = helper.alice.feedback()
+    error = {"code": "c" * 1000, "message": "m" * 100_000}
+    assert helper.worker.call(helper.worker.must_lease(), "fail", error=error, retryable=False).status_code == 204
+    kept = helper.alice.job(sent["job_id"])["error"]
+    assert (len(kept["code"]), len(kept["message"])) == (64, 4000)
+
+
+def test_a_released_lease_counts_no_attempt(helper: Stack) -> None:
+    sent = helper.alice.feedback()
+    lease = helper.worker.must_lease()
+    assert call(helper.worker, lease, "release") == 204
+    job = helper.alice.job(sent["job_id"])
+    assert (job["status"], job["attempts"]) == ("queued", 0)
+    again = helper.worker.must_lease()
+    assert (again.token, again.seed) == (lease.token + 1, lease.seed)
+
+
+@pytest.mark.parametrize("given", [None, 77])
+def test_the_seed_follows_the_job(helper: Stack, given: int | None) -> None:
+    training = {"seed": given} if given is not None else {}
+    helper.alice.feedback("one", training=training)
+    helper.alice.feedback("two", training=training)
+    seeds = []
+    for _ in range(3):
+        seeds.append(helper.worker.must_lease().seed)
+        expire(helper)
+    helper.worker.train()
+    seeds.append(helper.worker.must_lease().seed)
+    assert seeds == ([77] * 4 if given is not None else [1, 1, 1, 2])
+    assert helper.alice.ok("GET", "/v1/adapters/helper/versions/1")["seed"] == seeds[0]
+
+
+def test_cancelling_a_queued_job_lets_the_next_one_run(helper: Stack) -> None:
+    first, second = helper.alice.feedback("one"), helper.alice.feedback("two")
+    for _ in range(2):  # again is harmless
+        assert helper.alice.ok("POST", f"/v1/jobs/{first['job_id']}/cancel")["status"] == "cancelled"
+    assert helper.alice.adapter()["queued_jobs"] == 1
+    assert [i.feedback for i in helper.worker.must_lease().items] == ["two"]
+    helper.worker.train(Lease.model_validate(lease_again(helper)))
+    error_of(helper.alice.post(f"/v1/jobs/{second['job_id']}/cancel"), 409, "job_ended")
+
+
+@pytest.mark.parametrize("verb", ["heartbeat", "commit", "fail", "release"])
+def test_cancelling_a_running_job_fences_its_worker(helper: Stack, verb: str) -> None:
+    sent, after = helper.alice.feedback("one"), helper.alice.feedback("two")
+    lease = helper.worker.must_lease()
+    helper.alice.ok("POST", f"/v1/jobs/{sent['job_id']}/cancel")
+    before = state(helper)
+    assert call(helper.worker, lease, verb) == 409
+    assert state(helper) == before
+    assert helper.alice.job(sent["job_id"])["status"] == "cancelled"
+    helper.worker.train()
+    assert helper.alice.job(after["job_id"])["version"] == 1
+
+
+def test_deleting_an_adapter_ends_what_runs_and_waits(helper: Stack) -> None:
+    jobs = [helper.alice.feedback(r)["job_id"] for r in ("one", "two")]
+    lease = helper.worker.must_lease()
+    helper.alice.ok("DELETE", "/v1/adapters/helper")
+    assert call(helper.worker, lease, "commit") == 409
+    assert call(helper.worker, lease, "heartbeat") == 409
+    assert helper.worker.lease() is None
+    assert [helper.alice.job(j)["status"] for j in jobs] == ["cancelled"] * 2
+    assert helper.count("versions") == 0
+
+
+def test_a_promotion_fences_the_run_and_its_job_is_trained_from_there(helper: Stack) -> None:
+    helper.learn("one")
+    helper.learn("two")
+    sent = helper.alice.feedback("three")
+    lease = helper.worker.must_lease()
+    assert lease.parent is not None
+    assert lease.parent.version == 2
+    helper.alice.ok("POST", "/v1/adapters/helper/promote", {"version": 1})
+    assert call(helper.worker, lease, "commit") == 409
+    assert helper.alice.job(sent["job_id"])["status"] == "queued"
+    again = helper.worker.must_lease()
+    assert again.parent is not None
+    assert again.parent.version == 1
+    assert again.standing_feedback == ["one"]
+    assert helper.worker.train(again) == 3
+    assert helper.alice.ok("GET", "/v1/adapters/helper/versions/3")["parent"] == 1
+
+
+def test_a_waiting_worker_hears_of_new_work(helper: Stack) -> None:
+    leases: list[Lease | None] = []
+    waiting = threading.Thread(target=lambda: leases.append(helper.worker.lease(wait_seconds=20)))
+    waiting.start()
+    helper.alice.feedback("now")
+    waiting.join(timeout=15)
+    assert not waiting.is_alive()
+    assert leases[0] is not None
+    assert leases[0].items[0].feedback == "now"
+
+
+def test_a_batch_can_set_its_own_training(helper: Stack) -> None:
+    helper.alice.create("tuned", training={"steps": 7, "alpha": 0.25})
+    helper.alice.feedback(adapter="tuned")
+    helper.alice.feedback(adapter="tuned", training={"steps": 2})
+    helper.alice.feedback(adapter="tuned", training={"preset": "lasgroup"})
+    seen = []
+    for _ in range(3):
+        lease = helper.worker.must_lease()
+        seen.append((lease.training.preset, lease.training.steps, lease.training.alpha))
+        helper.worker.train(lease)
+    assert seen == [("default", 7, 0.25), ("default", 2, 0.25), ("lasgroup", 1, 0.5)]
