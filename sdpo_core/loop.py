@@ -46,6 +46,8 @@ class StepMetrics:
     """k3 to the base, unweighted by `base_kl_weight`; nan when the base was not scored."""
     gap: float
     """Teacher-student distance, nats per response token, plain token mean."""
+    base_kl: float
+    """Estimate of KL(student || base), nats per response token; nan when the base was not scored."""
     peak_gap: float
     """Largest token's distance in each answer, mean over answers: a wish about one spot is not diluted by length."""
     mean_ratio: float
@@ -201,6 +203,7 @@ class _Sums:
     weight: float = 0.0
     gap: float = 0.0
     peak_gap: float = 0.0
+    base_kl: float = 0.0
     entropy: float = 0.0
     max_ratio: float = 0.0
 
@@ -215,6 +218,7 @@ class _Sums:
         if clip is not None:
             self.clipped += weighted((terms.ratio >= clip) & mask_BT)
         self.gap += float(terms.gap.double().sum())
+        self.base_kl += float(terms.base_kl.double().sum())
         self.peak_gap += float(terms.gap.amax(-1).double().sum())
         self.entropy += float(terms.entropy.double().sum())
         self.max_ratio = max(self.max_ratio, float(terms.raw_ratio.max()))
@@ -315,6 +319,7 @@ class _Run:
             distill_loss=sums.distill,
             anchor_loss=sums.anchor if anchored else math.nan,
             gap=sums.gap / self.tokens,
+            base_kl=sums.base_kl / self.tokens if anchored else math.nan,
             peak_gap=sums.peak_gap / len(self.live),
             mean_ratio=sums.ratio / sums.weight,
             max_ratio=sums.max_ratio,

@@ -59,7 +59,7 @@ def wire_metrics(step: StepMetrics) -> WireMetrics:
         mean_is_ratio=_known(step.mean_ratio),
         max_is_ratio=_known(step.max_ratio),
         clip_fraction=_known(step.clip_fraction),
-        base_kl=_known(step.anchor_loss),
+        base_kl=_known(step.base_kl),
         entropy=_known(step.entropy),
         grad_norm=_known(step.grad_norm),
         learning_rate=step.learning_rate,
