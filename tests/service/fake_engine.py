@@ -46,7 +46,8 @@ class FakeEngine(httpx2.AsyncBaseTransport):
         """Given instead of a whole answer."""
         self.token_ids = True
         self.held: asyncio.Event | None = None
-        """Streams stop after their second token until this is set."""
+        """Streams stop after their second token until this is set; `stream_held` says that one does."""
+        self.stream_held = threading.Event()
         self.held_load: asyncio.Event | None = None
         """Loads wait for this; `load_begun` says that one does."""
         self.load_begun = threading.Event()
@@ -156,6 +157,7 @@ class FakeEngine(httpx2.AsyncBaseTransport):
                 yield self._broken()
                 return
             if at == 2 and self.held is not None:
+                self.stream_held.set()
                 await self.held.wait()
             choice = self._choice(body, [word], at, last=at == len(words) - 1) | {"delta": {"content": word}}
             yield _event(head | {"choices": [choice]})

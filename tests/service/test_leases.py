@@ -33,7 +33,8 @@ def state(stack: Stack) -> list[Json]:
         "applications": "job_id",
         "run_steps": "step",
     }
-    return [dict(r) for t, columns in tables.items() for r in stack.rows(f"SELECT {columns} FROM {t} ORDER BY 1")]  # noqa: S608
+    queries = [f"SELECT {columns} FROM {table} ORDER BY 1" for table, columns in tables.items()]  # noqa: S608
+    return [dict(row) for query in queries for row in stack.rows(query)]
 
 
 def call(worker: Worker, lease: Lease, verb: str) -> int:

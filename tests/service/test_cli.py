@@ -1,0 +1,147 @@
+"""The `perennial` command and the settings that it reads."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+from typer.testing import CliRunner, Result
+
+from service.cli import app
+from service.db.engine import Database
+from service.settings import Settings
+from service.store.keys import CLIENT_SCOPES, KeyRing, server_secret
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path) -> Path:
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def run(data_dir: Path) -> Run:
+    runner = CliRunner(env={"PERENNIAL_DATA_DIR": str(data_dir), "PERENNIAL_DATABASE_URL": ""})
+    return lambda *args: runner.invoke(app, args)
+
+
+def owner(data_dir: Path, key: str) -> tuple[str | None, frozenset[str]] | None:
+    """Tenant id and scopes of a good key."""
+    database = Database(f"sqlite:///{data_dir / 'perennial.db'}")
+    with database.read() as s:
+        found = KeyRing(server_secret(data_dir / "server.secret")).check(s, key)
+    database.close()
+    return None if found is None else (found.tenant_id, found.scopes)
+
+
+@pytest.mark.parametrize("command", [("serve",), ("keys", "create"), ("keys", "list"), ("keys", "revoke", "x")])
+def test_nothing_runs_on_a_database_that_was_not_migrated(run: Run, command: tuple[str, ...]) -> None:
+    result = run(*command)
+    assert result.exit_code == 1
+    assert "perennial migrate" in result.output
+    assert "Traceback" not in result.output
+
+
+def test_keys_are_made_listed_and_revoked(run: Run, data_dir: Path) -> None:
+    for _ in range(2):
+        assert run("migrate").exit_code == 0
+    made = run("keys", "create", "--tenant", "acme", "--name", "laptop", "--scope", "chat", "--scope", "jobs:read")
+    key = made.output.strip()
+    found = owner(data_dir, key)
+    assert found is not None
+    assert found[1] == {"chat", "jobs:read"}
+    worker = run("keys", "create", "--worker").output.strip()
+    assert owner(data_dir, worker) == (None, frozenset({"worker"}))
+    default = owner(data_dir, run("keys", "create").output.strip())
+    assert default is not None
+    assert default[1] == CLIENT_SCOPES
+    listing = run("keys", "list").output
+    assert len(listing.splitlines()) == 3
+    assert "acme" in listing
+    assert "laptop" in listing
+    assert key.split("_")[2] not in listing
+    assert run("keys", "revoke", key.split("_")[1]).exit_code == 0
+    assert owner(data_dir, key) is None
+    assert "revoked" in run("keys", "list").output
+    missing = run("keys", "revoke", "0000")
+    assert (missing.exit_code, missing.output.strip()) == (1, "No such key.")
+
+
+def test_keys_expire(run: Run, data_dir: Path) -> None:
+    run("migrate")
+    assert owner(data_dir, run("keys", "create", "--days", "1").output.strip()) is not None
+    assert owner(data_dir, run("keys", "create", "--days", "0").output.strip()) is None
+    assert run("keys", "create", "--days", "-1").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "options", ["--worker --tenant x", "--scope worker", "--scope everything", "--worker --scope chat"]
+)
+def test_keys_that_make_no_sense_are_refused(run: Run, options: str) -> None:
+    run("migrate")
+    result = run("keys", "create", *options.split())
+    assert result.exit_code == 1
+    assert "Traceback" not in result.output
+    assert "pk_" not in result.output
+
+
+def test_serve_says_what_is_missing(run: Run) -> None:
+    run("migrate")
+    result = run("serve")
+    assert result.exit_code == 1
+    assert "PERENNIAL_MODEL_DIR" in result.output
+
+
+def test_client_commands_say_when_there_is_no_service() -> None:
+    runner = CliRunner(env={"PERENNIAL_URL": "http://127.0.0.1:9", "PERENNIAL_API_KEY": "x"})
+    for command in (["adapters", "list"], ["jobs", "list"], ["chat", "m", "hi"], ["feedback", "show", "x"]):
+        result = runner.invoke(app, command)
+        assert result.exit_code == 1
+        assert "No service at http://127.0.0.1:9" in result.output
+
+
+def test_help_needs_no_torch_and_little_time() -> None:
+    code = (
+        "import sys\n"
+        "from typer.testing import CliRunner\n"
+        "from service.cli import app\n"
+        "assert CliRunner().invoke(app, ['--help']).exit_code == 0\n"
+        "sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'peft', 'safetensors')))\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert Settings().data_dir == tmp_path / "perennial-data"
+    assert Settings().db_url == f"sqlite:///{tmp_path / 'perennial-data' / 'perennial.db'}"
+    assert Settings().host == "127.0.0.1", "nothing is published unless told"
+    values = {
+        "PERENNIAL_DATA_DIR": str(tmp_path / "d"),
+        "PERENNIAL_MODEL_DIR": "/models/qwen",
+        "PERENNIAL_ENGINE_ADAPTERS_DIR": "/engine/adapters",
+        "PERENNIAL_LEASE_SECONDS": "7.5",
+        "PERENNIAL_ENGINE_API_KEY": "hush",
+        "PERENNIAL_PORT": "",
+    }
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    settings = Settings()
+    assert settings.adapters_root == tmp_path / "d" / "adapters"
+    assert settings.engine_adapters_root == Path("/engine/adapters")
+    assert settings.base_name == "qwen"
+    assert settings.lease_seconds == 7.5
+    assert settings.port == 8700, "an empty variable is an unset one"
+    assert "hush" not in repr(settings)
+
+
+@pytest.mark.parametrize(("name", "value"), [("PORT", "70000"), ("LEASE_SECONDS", "0"), ("MAX_ATTEMPTS", "many")])
+def test_settings_out_of_bounds_are_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(f"PERENNIAL_{name}", value)
+    with pytest.raises(ValidationError, match=name.lower()):
+        Settings()

@@ -1,0 +1,160 @@
+"""The schema and its migrations, and transactions that hold on disk or did not happen."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy import text
+from sqlalchemy.exc import IntegrityError
+
+from service.db import migrate
+from service.db.engine import Database, clock, journal_mode
+from service.db.tables import Base
+from service.errors import Unavailable
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Database:
+    return Database(f"sqlite:///{tmp_path / 'perennial.db'}", busy_seconds=0.05)
+
+
+def test_the_migrations_make_exactly_the_tables(database: Database) -> None:
+    assert migrate.pending(database)
+    migrate.migrate(database)
+    assert not migrate.pending(database)
+    command.check(migrate.config(database))
+    with database.engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_server_default": True})
+        assert compare_metadata(context, Base.metadata) == []
+    database.close()
+
+
+def test_constraints_are_in_the_database_and_not_only_in_the_models(tmp_path: Path) -> None:
+    """Alembic does not compare CHECK constraints and partial indexes; the SQL itself does."""
+
+    def schema(database: Database) -> dict[str, str]:
+        query = "SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL AND name NOT LIKE 'alembic%'"
+        with database.read() as s:
+            return {name: "".join(sorted(sql.replace('"', "").split())) for name, sql in s.execute(text(query))}
+
+    migrated, made = (Database(f"sqlite:///{tmp_path / name}") for name in ("a.db", "b.db"))
+    migrate.migrate(migrated)
+    Base.metadata.create_all(made.engine)
+    assert schema(migrated).keys() == schema(made).keys()
+    for name, sql in schema(made).items():
+        assert sorted(schema(migrated)[name].replace(",", "")) == sorted(sql.replace(",", "")), name
+    migrated.close()
+    made.close()
+
+
+def test_migrating_again_and_down_is_harmless(database: Database) -> None:
+    migrate.migrate(database)
+    migrate.migrate(database)
+    command.downgrade(migrate.config(database), "base")
+    assert migrate.pending(database)
+    migrate.migrate(database)
+    assert not migrate.pending(database)
+    database.close()
+
+
+def test_sqlite_is_set_up_to_keep_what_it_acknowledged(database: Database) -> None:
+    with database.read() as s:
+        found = {
+            p: s.execute(text(f"PRAGMA {p}")).scalar_one() for p in ("synchronous", "foreign_keys", "journal_mode")
+        }
+    assert found == {"synchronous": 2, "foreign_keys": 1, "journal_mode": journal_mode()}
+    database.close()
+
+
+def test_a_block_that_raises_leaves_nothing(database: Database) -> None:
+    migrate.migrate(database)
+
+    def add(name: str) -> None:
+        with database.write() as s:
+            s.execute(text("INSERT INTO tenants VALUES (:n, :n, 0)"), {"n": name})
+            if name == "bad":
+                raise RuntimeError("no")
+
+    add("good")
+    with pytest.raises(RuntimeError):
+        add("bad")
+    with pytest.raises(IntegrityError):
+        add("good")
+    with database.read() as s:
+        assert list(s.execute(text("SELECT name FROM tenants")).scalars()) == ["good"]
+    database.close()
+
+
+def test_readers_do_not_wait_for_a_writer_and_writers_not_for_ever(database: Database) -> None:
+    migrate.migrate(database)
+    begun, end = threading.Event(), threading.Event()
+
+    def long_write() -> None:
+        with database.write() as s:
+            s.execute(text("INSERT INTO tenants VALUES ('a', 'a', 0)"))
+            begun.set()
+            end.wait(10)
+
+    writer = threading.Thread(target=long_write)
+    writer.start()
+    assert begun.wait(10)
+    with database.read() as s:
+        assert s.execute(text("SELECT count(*) FROM tenants")).scalar_one() == 0
+    with pytest.raises(Unavailable) as error, database.write():
+        pass
+    assert error.value.code == "database_unavailable"
+    end.set()
+    writer.join(10)
+    with database.write() as s:
+        assert s.execute(text("SELECT count(*) FROM tenants")).scalar_one() == 1
+    database.close()
+
+
+def test_writers_queue_and_each_sees_the_one_before(database: Database) -> None:
+    migrate.migrate(database)
+    patient = Database(str(database.engine.url), busy_seconds=10)
+    with patient.write() as s:
+        s.execute(text("INSERT INTO tenants VALUES ('n', '0', 0)"))
+
+    def count_up() -> None:
+        for _ in range(10):
+            with patient.write() as s:
+                n = int(s.execute(text("SELECT name FROM tenants")).scalar_one())
+                s.execute(text("UPDATE tenants SET name = :n"), {"n": str(n + 1)})
+
+    threads = [threading.Thread(target=count_up) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with patient.read() as s:
+        assert s.execute(text("SELECT name FROM tenants")).scalar_one() == "40"
+    patient.close()
+    database.close()
+
+
+def test_the_clock_is_the_databases(database: Database) -> None:
+    with database.read() as s:
+        assert s.execute(text("SELECT unixepoch('now')")).scalar_one() == pytest.approx(clock(s), abs=1.1)
+    database.close()
+
+
+def test_a_full_disk_is_503_and_what_was_there_stays(database: Database) -> None:
+    """`max_page_count` makes SQLite answer as it does on a full disk."""
+    migrate.migrate(database)
+    with database.engine.connect() as connection:
+        pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
+        connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}")
+    with database.write() as s:
+        s.execute(text("INSERT INTO tenants VALUES ('a', 'a', 0)"))
+    many = [{"n": f"{n}" * 20} for n in range(2000)]
+    with pytest.raises(Unavailable), database.write() as s:
+        s.execute(text("INSERT INTO tenants VALUES (:n, :n, 0)"), many)
+    with database.read() as s:
+        assert list(s.execute(text("SELECT id FROM tenants")).scalars()) == ["a"]
+    database.close()
