@@ -84,7 +84,6 @@ class Learner:
         self.policy = attach_lora(model, LoraSpec(rank=rank, alpha=alpha, seed=seed))
         self.optimizer = make_optimizer(self.policy, options)
         self.rng = random.Random(f"person {seed}")  # noqa: S311 - not for secrets
-        self.generator = torch.Generator().manual_seed(seed)
         self.standing: tuple[str, ...] = ()
         self.seconds = 0.0
         self.results: list[BatchResult] = []
@@ -92,10 +91,14 @@ class Learner:
     def close(self) -> None:
         detach(self.policy)
 
-    @torch.no_grad()
     def answer(self, prompts: Sequence[str], *, greedy: bool) -> list[Answer]:
+        """Answers to single questions."""
+        return self.answer_chats([[{"role": "user", "content": p}] for p in prompts], greedy=greedy)
+
+    @torch.no_grad()
+    def answer_chats(self, chats: Sequence[Any], *, greedy: bool) -> list[Answer]:
         """Answers with the adapter on, decoded together; the end-of-turn token is part of the response."""
-        ids = [chat_ids(self.tokenizer, [{"role": "user", "content": p}]) for p in prompts]
+        ids = [chat_ids(self.tokenizer, chat) for chat in chats]
         longest = max(map(len, ids))
         pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
         out = self.policy.model.generate(
