@@ -69,7 +69,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=TrainConfig.seed)
     parser.add_argument("--steps", type=int, default=TrainConfig.steps)
     parser.add_argument("--threads", type=int, default=TrainConfig.threads)
-    parser.add_argument("--prompts", type=int, default=200, help="held-out prompts per probe")
+    parser.add_argument("--prompts", type=int, default=150, help="held-out prompts per probe")
     parser.add_argument("--measure-only", action="store_true")
     return parser.parse_args(argv)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from demo.model_build.rows import EARLY, LATE, Mix, Row, rows
 from demo.model_build.tokenizer import END
@@ -27,7 +27,7 @@ class TrainConfig:
     """Everything that decides the weights, besides library versions and thread count."""
 
     seed: int = 0
-    steps: int = 5000
+    steps: int = 3500
     early_share: float = 0.3  # of the steps, on the mix that teaches copying
     batch_rows: int = 64
     lr: float = 2e-3
@@ -65,9 +65,9 @@ def make_model(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> Qwen3
         )
     )
     torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.3)
-    model.generation_config.do_sample = False
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config = GenerationConfig(
+        do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
     return model
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 
 import pytest
 
@@ -156,3 +158,19 @@ def test_no_remark_asks_for_two_preferences() -> None:
 def test_preferences_cannot_be_changed() -> None:
     with pytest.raises(TypeError):
         PREFERENCES["hope"] = PREFERENCES["upper"]  # type: ignore[index]
+
+
+def test_asking_and_judging_need_the_standard_library_only() -> None:
+    """The service's demo runs without the training side installed."""
+    code = "import sys, demo.tasks; print(*sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    loaded = {name.partition(".")[0] for name in out.split()}
+    assert loaded & {"torch", "transformers", "numpy", "sdpo_core"} == set()
+
+
+def test_as_written_changes_capitals_only() -> None:
+    assert tasks.as_written("what is the capital of france?") == "What is the capital of France?"
+    assert tasks.as_written("say hello to mia") == "Say hello to Mia"
+    for task in tasks.heldout_tasks(40):
+        assert tasks.as_written(task.prompt).lower() == task.prompt
+        assert tasks.is_heldout(tasks.as_written(task.prompt))
