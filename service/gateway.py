@@ -19,7 +19,7 @@ import anyio
 from api_schemas.chat import ChatRequest
 from service.context import Context
 from service.engine_client import ModelNotLoaded
-from service.errors import EngineError, NotFound
+from service.errors import EngineError, NotFound, Unavailable, VersionRejected
 from service.store import adapters, rollouts, versions
 
 Json = dict[str, Any]
@@ -147,8 +147,13 @@ class Gateway:
         if target.adapter_id is None or target.n == 0:
             yield target.base_model
             return
-        async with self._context.publisher.hold(target.adapter_id, target.n) as name:
-            yield name
+        try:
+            async with self._context.publisher.hold(target.adapter_id, target.n) as name:
+                yield name
+        except VersionRejected as error:  # it was good when it was published: no fault of this request
+            raise Unavailable(
+                f"{target.model} cannot be served at present.", code="version_unavailable", retry_after=30
+            ) from error
 
     async def _retried_chat(self, target: Target, payload: Json) -> Json:
         try:

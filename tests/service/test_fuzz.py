@@ -77,7 +77,7 @@ def test_every_route_that_takes_a_body_is_fuzzed(stack: Stack) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 def test_junk_is_never_our_fault(stack: Stack, data: st.DataObject) -> None:
     """A valid body with junk in one place, or junk alone."""
     if not stack.count("adapters"):

@@ -50,7 +50,7 @@ def test_each_name_is_answered_by_its_version_and_the_answer_says_so(learnt: Sta
 
 @pytest.mark.parametrize(
     "model",
-    ["helper@v9", "helper@v", "helper@vx", "helper@v-1", "helper@v1@v1", "helper@v²", "helper@v9999999999", "@v1", "helper@V1", "adp-v1"],
+    "helper@v9 helper@v helper@vx helper@v-1 helper@v1@v1 helper@v² helper@v9999999999 @v1 Helper adp-v1".split(" "),  # noqa: SIM905
 )
 def test_models_that_are_not_there(learnt: Stack, model: str) -> None:
     answer = learnt.alice.post("/v1/chat/completions", {"model": model, "messages": MESSAGES})
@@ -246,3 +246,13 @@ def test_logs_hold_neither_prompts_nor_remarks_nor_keys(learnt: Stack, caplog: p
     learnt.alice.post("/v1/chat/completions", {"model": "helper", "messages": MESSAGES, "stop": "canary-stop"})
     assert "canary" not in caplog.text
     assert learnt.alice.key not in caplog.text
+
+
+def test_a_live_version_that_cannot_be_loaded_any_more_is_503(learnt: Stack) -> None:
+    learnt.engine.forget()
+    learnt.engine.refused[f"{learnt.alice.adapter()['id']}-v2"] = 500
+    for fields in ({}, {"stream": True}):
+        body = {"model": "helper", "messages": MESSAGES} | fields
+        error_of(learnt.alice.post("/v1/chat/completions", body), 503, "version_unavailable")
+    assert learnt.alice.adapter()["live_version"] == 2
+    assert learnt.alice.says("helper@v1").endswith("-v1")
