@@ -2,8 +2,8 @@
 
 A frozen teacher told only the newest remark pulls the adapter away from everything learnt before. So each version
 carries a short list of remarks, oldest first, and every later batch's teacher is told it. The list must stay short
-and true: repeats, praise and remarks that a newer one contradicts are dropped. The teacher itself is the judge: a
-remark stands if it changes what the teacher says.
+and true: repeats, praise and remarks that a newer one contradicts have to go. The teacher itself is the judge, by how
+its distributions change on a batch's own prompts and answers when it is told a remark or not.
 
 The decision (`select`) is apart from the model calls (`teacher_effect`), so it can be tested and replaced alone.
 """
@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from sdpo_core import divergence as dv
 from sdpo_core.chat import ChatTokenizer, chat_ids
@@ -23,17 +24,22 @@ from sdpo_core.policy import Policy, response_logits
 from sdpo_core.samples import micro_batches, token_batch
 from sdpo_core.teacher_context import DEFAULT_TEMPLATE, ContextTemplate, teacher_messages, usable_remarks
 
-DEFAULT_EPS = 0.05
-"""Mean KL in nats per response token below which a remark alone changes nothing. Measured: docs/algorithm.md."""
+DEFAULT_EPS = 0.25
+"""A remark whose largest effect on a token, mean over answers, is below this many nats changes nothing. Measured."""
 DEFAULT_SHARE = 0.2
-"""A remark that alone has effect e adds something beside newer ones if it still has more than this share of e."""
+"""A remark adds nothing if beside others it has less than this share of the effect it has alone. Measured."""
+DEFAULT_CONFLICT = 0.5
+"""A wish is lost if, where it matters, the teacher is further from it than this share of what the bare model is."""
+
 _MEMO_ELEMENTS = 1 << 26
-"""Opinions above this many floats (256 MB) are recomputed rather than kept."""
+"""Opinions are remembered up to this many floats (256 MB)."""
 
-Effect = Callable[[Sequence[str], Sequence[str]], float]
-"""effect(without, with_): how much the teacher's answers change when `with_` is told instead of `without`, >= 0."""
+Shift = Sequence[Tensor]
+"""Per answer, (T,): KL(told || not told) at each response token, nats."""
+Effect = Callable[[Sequence[str], Sequence[str]], Shift]
+"""effect(without, with_): how the teacher's answers change when it is told `with_` instead of `without`."""
 
-Why = Literal["repeated_or_contradicted", "changes_nothing", "over_the_bound"]
+Why = Literal["repeated", "contradicted", "changes_nothing", "over_the_bound"]
 
 
 @dataclass(frozen=True)
@@ -73,33 +79,94 @@ def select(
     *,
     eps: float = DEFAULT_EPS,
     share: float = DEFAULT_SHARE,
+    conflict: float = DEFAULT_CONFLICT,
 ) -> Standing:
-    """Which remarks stand after a batch. `new` are the batch's own, in order; of a repeat the newest place counts.
+    """Which remarks stand after a batch whose own remarks are `new`, in order.
 
-    Newest first, each remark is heard alone and in front of the newer ones. If it adds to them it stands. If it adds
-    nothing, although alone it would change the answers, a newer remark says the same or the opposite: it is dropped.
-    A remark that changes nothing even alone is silent: it stays in the room while older ones are judged (it may be
-    what contradicts them), then a new one goes, as praise does; an older one stays, since these prompts may just not
-    be what it is about.
+    Each new remark in turn: if the teacher, told the standing ones, does not change its answers for it, it is praise or
+    a repeat and goes. If it does, older remarks that it contradicts go: those whose wish, visible on these prompts when
+    told alone, is neither heard beside it nor fulfilled. What merely happens to be fulfilled without being said stays,
+    and so does what these prompts are not about. A remark that asks for what the bare model does anyway contradicts,
+    and then goes as well. An exact repeat counts at its newest place.
     """
-    older = set(usable_remarks(standing)) - set(usable_remarks(new))
-    told: list[str] = []
-    silent: list[str] = []
+    judge = _Judge(effect, eps, share, conflict)
+    fresh = usable_remarks(new)
+    stand = [r for r in usable_remarks(standing) if r not in fresh]
     dropped: list[tuple[str, Why]] = []
-    for remark in reversed(usable_remarks([*standing, *new])):
-        alone = effect([], [remark])
-        if alone < eps:
-            silent.insert(0, remark)
-        elif told and effect(told, [remark, *told]) < share * alone:
-            dropped.append((remark, "repeated_or_contradicted"))
+    for remark in fresh:
+        if not judge.adds(remark, stand):
+            dropped.append((remark, "changes_nothing" if judge.silent(remark) else "repeated"))
             continue
-        told.insert(0, remark)
-    for remark in silent:
-        rest = [r for r in told if r != remark]
-        if remark not in older and effect(rest, told) < eps:
-            told = rest
+        lost = [older for older in stand if judge.contradicts(remark, older, stand)]
+        dropped += [(older, "contradicted") for older in lost]
+        stand = [older for older in stand if older not in lost]
+        if judge.silent(remark):
             dropped.append((remark, "changes_nothing"))
-    return Standing(tuple(told), tuple(dropped))
+        else:
+            stand.append(remark)
+    for remark in reversed(stand):
+        others = [r for r in stand if r != remark]
+        if any(judge.same(remark, other) for other in others):
+            stand = others
+            dropped.append((remark, "repeated"))
+    return Standing(tuple(stand), tuple(dropped))
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """The questions `select` asks about an effect."""
+
+    effect: Effect
+    eps: float
+    share: float
+    conflict: float
+
+    def alone(self, remark: str) -> Shift:
+        return self.effect([], [remark])
+
+    def silent(self, remark: str) -> bool:
+        """Told alone, it changes nothing on these prompts."""
+        return _peak(self.alone(remark)) < self.eps
+
+    def adds(self, remark: str, stand: Sequence[str]) -> bool:
+        """Told after the standing remarks, it changes the answers."""
+        change = self.effect(stand, [*stand, remark])
+        if self.silent(remark):
+            return _peak(change) >= self.eps
+        return _total(change) >= self.share * _total(self.alone(remark))
+
+    def contradicts(self, newest: str, older: str, stand: Sequence[str]) -> bool:
+        """`older` is about these prompts, is not heard any more beside `newest`, and its wish is not fulfilled."""
+        if self.silent(older):
+            return False
+        alone = self.alone(older)
+        without = [*(r for r in stand if r != older), newest]
+        heard = self.effect(without, [*stand, newest])
+        if _total(heard) >= self.share * _total(alone):
+            return False
+        # Distance from what it asks for, weighted by where it asks for something, against the bare model's distance.
+        missed = self.effect(without, [older])
+        return _dot(alone, missed) >= self.conflict * _dot(alone, alone)
+
+    def same(self, a: str, b: str) -> bool:
+        """Told alone, either makes the teacher answer alike."""
+        if self.silent(a) or self.silent(b):
+            return False
+        apart = max(_total(self.effect([a], [b])), _total(self.effect([b], [a])))
+        return apart < self.share * min(_total(self.alone(a)), _total(self.alone(b)))
+
+
+def _peak(shift: Shift) -> float:
+    """Largest token, mean over answers: not diluted by long answers."""
+    return float(torch.stack([kl_T.max() for kl_T in shift]).mean())
+
+
+def _total(shift: Shift) -> float:
+    return float(torch.cat(list(shift)).sum())
+
+
+def _dot(a: Shift, b: Shift) -> float:
+    return float(torch.dot(torch.cat(list(a)), torch.cat(list(b))))
 
 
 @dataclass(frozen=True)
@@ -118,15 +185,12 @@ def teacher_effect(
     micro_batch_tokens: int = 8192,
     template: ContextTemplate = DEFAULT_TEMPLATE,
 ) -> Effect:
-    """An `Effect` asking the frozen teacher (adapter off): mean over response tokens of KL(with || without), nats."""
+    """An `Effect` asking the frozen teacher (adapter off) about the probes, each with at least one response token."""
     teacher = _Teacher(policy, tokenizer, probes, micro_batch_tokens, template)
 
-    def effect(without: Sequence[str], with_: Sequence[str]) -> float:
-        total, tokens = 0.0, 0
-        for plain_TV, told_TV in zip(teacher.opinions(without), teacher.opinions(with_), strict=True):
-            total += float((told_TV.exp() * (told_TV - plain_TV)).sum(-1).double().sum())
-            tokens += told_TV.shape[0]
-        return total / max(tokens, 1)
+    def effect(without: Sequence[str], with_: Sequence[str]) -> Shift:
+        pairs = zip(teacher.opinions(with_), teacher.opinions(without), strict=True)
+        return [(told_TV.exp() * (told_TV - plain_TV)).sum(-1).double().cpu() for told_TV, plain_TV in pairs]
 
     return effect
 
@@ -140,26 +204,23 @@ class _Teacher:
     probes: Sequence[Probe]
     micro_batch_tokens: int
     template: ContextTemplate
-    memo: dict[tuple[str, ...], list[torch.Tensor]] = field(default_factory=dict)
-    """The last few opinions, where they are small: one comparison's base line is mostly the next one's too."""
+    memo: dict[tuple[str, ...], list[Tensor]] = field(default_factory=dict)
 
-    def opinions(self, remarks: Sequence[str]) -> Iterable[torch.Tensor]:
-        """(T, V) log-probs per probe."""
+    def opinions(self, remarks: Sequence[str]) -> Iterable[Tensor]:
+        """(T, V) log-probs per probe; remembered while there is room, for the same few are asked for again."""
         key = tuple(remarks)
         if key in self.memo:
             return self.memo[key]
         scored = self._score(key)
-        tokens = sum(len(p.response_ids) for p in self.probes)
         first = next(scored)
         everything = itertools.chain([first], scored)
-        if tokens * first.shape[-1] > _MEMO_ELEMENTS:
+        size = first.shape[-1] * sum(len(p.response_ids) for p in self.probes)
+        if size * (len(self.memo) + 1) > _MEMO_ELEMENTS:
             return everything
-        while len(self.memo) >= 3:
-            del self.memo[next(k for k in self.memo if k)]  # "told nothing" is needed for every remark: keep it
         self.memo[key] = list(everything)
         return self.memo[key]
 
-    def _score(self, remarks: Sequence[str]) -> Iterator[torch.Tensor]:
+    def _score(self, remarks: Sequence[str]) -> Iterator[Tensor]:
         prompts = [chat_ids(self.tokenizer, self._messages(p, remarks)) for p in self.probes]
         lengths = [len(ids) + len(p.response_ids) for ids, p in zip(prompts, self.probes, strict=True)]
         for rows in micro_batches(lengths, self.micro_batch_tokens):
@@ -182,6 +243,7 @@ def update_standing(
     *,
     eps: float = DEFAULT_EPS,
     share: float = DEFAULT_SHARE,
+    conflict: float = DEFAULT_CONFLICT,
     max_items: int = 32,
     max_tokens: int = 1024,
     max_probes: int = 8,
@@ -202,9 +264,8 @@ def update_standing(
     stride = max(1, -(-len(answered) // max_probes))
     effect = teacher_effect(policy, tokenizer, answered[::stride])
     fresh = set(usable_remarks(new))
-    chosen = select(
-        [r for r in merged if r not in fresh], [r for r in merged if r in fresh], effect, eps=eps, share=share
-    )
+    older, own = [r for r in merged if r not in fresh], [r for r in merged if r in fresh]
+    chosen = select(older, own, effect, eps=eps, share=share, conflict=conflict)
     return Standing(chosen.remarks, over + chosen.dropped)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from sdpo_core import LoraSpec, Probe, attached, chat_ids, teacher_messages, update_standing
@@ -23,27 +24,27 @@ class Obedient:
     """
 
     about: tuple[str, ...] = ("case", "end", "start")
-    asked: list[tuple[tuple[str, ...], tuple[str, ...]]] = field(default_factory=list)
 
     def answer(self, remarks: Sequence[str]) -> dict[str, str]:
         heard = dict(r.split("#")[0].split("=") for r in remarks if "=" in r)
         return {k: v for k, v in heard.items() if k in self.about and v != "default"}
 
-    def __call__(self, without: Sequence[str], with_: Sequence[str]) -> float:
-        self.asked.append((tuple(without), tuple(with_)))
+    def __call__(self, without: Sequence[str], with_: Sequence[str]) -> list[Tensor]:
+        """One answer with one token per factor, 5 nats where it changes."""
         a, b = self.answer(without), self.answer(with_)
-        return float(sum(a.get(k) != b.get(k) for k in {*a, *b}))
+        return [torch.tensor([5.0 * (a.get(k) != b.get(k)) for k in self.about])]
 
 
 def test_paraphrases_leave_one_remark() -> None:
     batch = ["end=hope#1", "end=hope#2", "end=hope#3", "end=hope#1"] * 2
-    assert select([], batch, Obedient()).remarks == ("end=hope#1",)
+    assert len(select([], batch, Obedient()).remarks) == 1
+    assert select(["end=hope#4"], batch, Obedient()).remarks == ("end=hope#4",)
 
 
 def test_an_earlier_preference_stands_beside_a_new_one() -> None:
     result = select(["end=hope#1"], ["case=upper#1", "case=upper#2"], Obedient())
-    assert result.remarks == ("end=hope#1", "case=upper#2")
-    assert result.dropped == (("case=upper#1", "repeated_or_contradicted"),)
+    assert result.remarks == ("end=hope#1", "case=upper#1")
+    assert result.dropped == (("case=upper#2", "repeated"),)
 
 
 def test_newest_wins_over_a_contradicted_one() -> None:
@@ -54,13 +55,30 @@ def test_going_back_to_the_default_drops_both() -> None:
     """The newest remark changes nothing by itself, yet it is what contradicts the older one."""
     result = select(["end=hope", "case=upper"], ["end=default"], Obedient())
     assert result.remarks == ("case=upper",)
-    assert dict(result.dropped) == {"end=hope": "repeated_or_contradicted", "end=default": "changes_nothing"}
+    assert dict(result.dropped) == {"end=hope": "contradicted", "end=default": "changes_nothing"}
 
 
 def test_praise_does_not_stand() -> None:
     result = select(["end=hope"], ["lovely", "thank you", "lovely"], Obedient())
     assert result.remarks == ("end=hope",)
     assert {why for _, why in result.dropped} == {"changes_nothing"}
+
+
+def test_a_wish_that_is_fulfilled_without_being_said_stays() -> None:
+    """A newer remark happens to bring it about; the next one may not."""
+
+    @dataclass
+    class Excitable(Obedient):
+        def answer(self, remarks: Sequence[str]) -> dict[str, str]:
+            shouts = {"case": "upper"} if "start=wow" in remarks else {}
+            return {**super().answer(remarks), **shouts}
+
+    assert select(["case=upper"], ["start=wow"], Excitable()).remarks == ("case=upper", "start=wow")
+
+
+def test_repeats_that_slipped_in_are_merged_into_the_older_one() -> None:
+    result = select(["end=hope#1", "end=hope#2", "case=upper"], ["lovely"], Obedient())
+    assert result.remarks == ("end=hope#1", "case=upper")
 
 
 def test_a_remark_about_other_questions_is_kept() -> None:
@@ -73,17 +91,17 @@ def test_a_remark_about_other_questions_is_kept() -> None:
 @given(
     st.lists(st.sampled_from(["case", "end", "start"]).flatmap(
         lambda f: st.sampled_from([f"{f}={v}#{n}" for v in ("x", "y", "default") for n in (1, 2)])), max_size=8),
-    st.integers(0, 8),
+    st.integers(1, 4),
 )  # fmt: skip
-def test_what_stands_says_the_same_as_everything_said(remarks: list[str], cut: int) -> None:
-    """In any history the kept remarks make an obedient teacher answer as all of them would, and none is idle."""
+def test_what_stands_says_the_same_as_everything_said(remarks: list[str], size: int) -> None:
+    """After any history in batches, the kept remarks make an obedient teacher answer as all would; none is idle."""
     teacher = Obedient()
-    unique = list(dict.fromkeys(reversed(remarks)))[::-1]
-    kept = select(unique[:cut], unique[cut:], teacher).remarks
-    assert teacher.answer(kept) == teacher.answer(unique)
-    assert [r for r in unique if r in kept] == list(kept)
-    effective = [r for r in kept if r in unique[cut:]]
-    assert all(teacher([x for x in kept if x != r], kept) > 0 for r in effective)
+    kept: tuple[str, ...] = ()
+    for start in range(0, len(remarks), size):
+        kept = select(kept, remarks[start : start + size], teacher).remarks
+    said = list(dict.fromkeys(reversed(remarks)))[::-1]
+    assert teacher.answer(kept) == teacher.answer(said)
+    assert all(teacher.answer([x for x in kept if x != r]) != teacher.answer(kept) for r in kept)
 
 
 def test_merge_bounds_count_and_tokens() -> None:
@@ -116,8 +134,10 @@ def test_effect_is_the_frozen_teachers_mean_kl(chat_base: Qwen3ForCausalLM, toke
         for budget in (10_000, 1):
             effect = teacher_effect(policy, tokenizer, probes, micro_batch_tokens=budget)
             for _ in range(2):  # the second time from memory
-                assert abs(effect(["one"], ["two", "one"]) - sum(kls) / len(kls)) < 1e-5
-            assert effect(["one"], ["one"]) == 0
+                shift = effect(["one"], ["two", "one"])
+                assert [len(kl_T) for kl_T in shift] == [len(p.response_ids) for p in probes]
+                torch.testing.assert_close(torch.cat(shift), torch.tensor(kls).double(), atol=1e-4, rtol=1e-4)
+            assert torch.cat(effect(["one"], ["one"])).abs().max() == 0
         batch = token_batch([[1]], [[2]], policy.device)
         assert not torch.equal(policy.logits(batch, adapter=True), policy.logits(batch, adapter=False))
 
