@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager, suppress
 
 from fastapi import FastAPI
 
+from api_schemas.errors import ErrorResponse
 from service import problems
 from service.context import Context
 from service.middleware import BodyLimit, RequestIds
@@ -30,7 +31,13 @@ def create_app(context: Context) -> FastAPI:
             await context.engine.close()
             context.database.close()
 
-    app = FastAPI(title="Perennial", version="0.1.0", lifespan=lifespan, redirect_slashes=False)
+    app = FastAPI(
+        title="Perennial",
+        version="0.1.0",
+        lifespan=lifespan,
+        redirect_slashes=False,
+        responses={"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}},
+    )
     app.state.context = context
     for router in (chat.router, feedback.router, jobs.router, adapters.router, worker.router, health.router):
         app.include_router(router)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable
 
 import pytest
 
 from api_schemas.worker import Lease
+from service.context import Context
 from tests.service import peft_files
+from tests.service.asgi import Connection, running
+from tests.service.fake_engine import FakeEngine
 from tests.service.harness import Json, Stack, Worker, error_of
 
 
@@ -326,3 +330,24 @@ def test_a_batch_can_set_its_own_training(helper: Stack) -> None:
         seen.append((lease.training.preset, lease.training.steps, lease.training.alpha))
         helper.worker.train(lease)
     assert seen == [("default", 7, 0.25), ("default", 2, 0.25), ("lasgroup", 1, 0.5)]
+
+
+@pytest.mark.anyio
+async def test_work_that_comes_after_a_waiting_worker_has_died_is_not_leased_to_it(
+    stack: Stack, make_context: Callable[..., tuple[Context, FakeEngine]]
+) -> None:
+    """Else the adapter would stand still until that lease expires."""
+    context, _ = make_context(stack.engine)
+    stack.alice.create()
+    body = {"worker_id": "dying", "base_model": peft_files.BASE, "wait_seconds": 20.0}
+    async with running(context, worker=True) as (app, key):
+        connection = Connection(app, key, "/worker/v1/leases", body)
+        while not stack.count("workers"):  # it has looked once, in vain, and waits
+            await asyncio.sleep(0)
+        await asyncio.to_thread(stack.alice.feedback)
+        hanging_up = asyncio.create_task(connection.hang_up())
+        await asyncio.sleep(0)
+        context.work.ring()
+        await hanging_up
+    assert stack.count("runs") == 0
+    assert stack.worker.lease() is not None

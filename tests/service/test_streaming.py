@@ -4,28 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from fastapi import FastAPI
 from sqlalchemy import text
 
-from service.app import create_app
 from service.context import Context
-from service.store.keys import CLIENT_SCOPES
+from tests.service.asgi import Connection, events_of, running
 from tests.service.fake_engine import FakeEngine
 from tests.service.harness import Json, Stack, error_of
 
 BODY: Json = {"model": "helper", "messages": [{"role": "user", "content": "who are you"}], "stream": True}
-
-
-def events_of(text: str) -> list[Any]:
-    """The data of every event; [DONE] as it is."""
-    data = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
-    return [d if d == "[DONE]" else json.loads(d) for d in data]
 
 
 def stream(stack: Stack, **fields: Any) -> list[Any]:
@@ -135,48 +126,7 @@ def test_a_stream_keeps_its_version_until_its_last_token(learnt: Stack) -> None:
 # --- one event loop, the raw protocol: when is what sent? -----------------------------------------------------------
 
 
-class Connection:
-    """One streaming request over ASGI; the test decides when to read and when to hang up."""
-
-    def __init__(self, app: FastAPI, key: str, body: Json) -> None:
-        self.sent: asyncio.Queue[Json] = asyncio.Queue()
-        self._hung_up = asyncio.Event()
-        self._body: bytes | None = json.dumps(body).encode()
-        headers = [(b"authorization", f"Bearer {key}".encode()), (b"content-type", b"application/json")]
-        scope = {
-            "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "method": "POST",
-            "scheme": "http", "path": "/v1/chat/completions", "raw_path": b"/v1/chat/completions", "query_string": b"",
-            "root_path": "", "headers": headers, "client": ("test", 1), "server": ("test", 80), "state": {},
-        }  # fmt: skip
-        self.task = asyncio.create_task(app(scope, self._receive, self.sent.put))  # type: ignore[arg-type]
-
-    async def _receive(self) -> Json:
-        if self._body is not None:
-            body, self._body = self._body, None
-            return {"type": "http.request", "body": body, "more_body": False}
-        await self._hung_up.wait()
-        return {"type": "http.disconnect"}
-
-    async def event(self) -> Any:
-        """The next server-sent event."""
-        while not (message := await asyncio.wait_for(self.sent.get(), 10)).get("body"):
-            assert message["type"] in ("http.response.start", "http.response.body")
-        return events_of(message["body"].decode())[0]
-
-    async def hang_up(self) -> None:
-        self._hung_up.set()
-        await asyncio.wait_for(self.task, 10)
-
-
-@asynccontextmanager
-async def running(context: Context) -> AsyncIterator[tuple[FastAPI, str]]:
-    app = create_app(context)
-    with context.database.write() as s:
-        key = context.keys.create(s, tenant="carol", name="test", scopes=CLIENT_SCOPES)
-    async with app.router.lifespan_context(app):
-        yield app, key
-
-
+CHAT = "/v1/chat/completions"
 BASE_BODY = BODY | {"model": "tiny/base"}
 
 
@@ -192,7 +142,7 @@ async def test_tokens_come_as_they_are_made_and_the_end_only_when_stored(
     context, engine = make_context()
     engine.held = asyncio.Event()
     async with running(context) as (app, key):
-        connection = Connection(app, key, BASE_BODY)
+        connection = Connection(app, key, CHAT, BASE_BODY)
         texts = [(await connection.event())["choices"][0]["delta"]["content"] for _ in range(3)]
         assert texts == ["", "I", " am"], "while the engine still thinks about the rest"
         assert kept(context) == 0
@@ -211,9 +161,24 @@ async def test_a_client_that_hangs_up_ends_the_generation_and_lets_go_of_the_ver
     context, engine = make_context()
     engine.held = asyncio.Event()
     async with running(context) as (app, key):
-        connection = Connection(app, key, BASE_BODY)
+        connection = Connection(app, key, CHAT, BASE_BODY)
         for _ in range(3):
             await connection.event()
         await connection.hang_up()
         assert engine.events == [("chat", "tiny/base"), ("aborted", "tiny/base")]
         assert kept(context) == 0
+
+
+@pytest.mark.anyio
+async def test_a_client_that_reads_no_more_and_hangs_up_is_let_go_at_once(
+    make_context: Callable[..., tuple[Context, FakeEngine]],
+) -> None:
+    """The service waits to send, not for the engine: the generation must not be left to the garbage collector."""
+    context, engine = make_context()
+    async with running(context) as (app, key):
+        connection = Connection(app, key, CHAT, BASE_BODY, room=1)
+        await connection.event()
+        while not connection.sent.full():
+            await asyncio.sleep(0)
+        await connection.hang_up()
+        assert engine.events == [("chat", "tiny/base"), ("aborted", "tiny/base")]
