@@ -294,9 +294,11 @@ def slow_load(stack: Stack) -> Iterator[None]:
     held = asyncio.Event()
     stack.engine.load_begun.clear()
     stack.engine.held_load = held
-    yield
-    stack.engine.held_load = None
-    portal(stack).call(held.set)
+    try:
+        yield
+    finally:
+        stack.engine.held_load = None
+        portal(stack).call(held.set)
 
 
 def test_a_request_in_flight_keeps_its_version_loaded(helper: Stack) -> None:
