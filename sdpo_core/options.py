@@ -47,7 +47,7 @@ class Options:
 
     steps: int = 4
     """Optimizer steps per batch at most, 1 to 64."""
-    stop_gap: float = 0.25
+    stop_gap: float = 0.1
     """Stop before an update once the teacher-student gap is closed: below this many nats at each answer's worst token,
     mean over answers (`StepMetrics.peak_gap`). 0 = never. Praise stays below it, so it moves nothing."""
     stop_gap_ratio: float = 0.0
