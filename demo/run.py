@@ -78,7 +78,7 @@ class Demo:
         return score(self._heldout, [r.text for r in replies], (self._plan.first, self._plan.second)), replies
 
     def teach(self, key: str, seed: int) -> Lesson:
-        """Chat, remark on the answers, wait for the version; again, until two batches in a row found little to learn."""
+        """Chat, remark on the answers, wait for the version; again, until two batches in a row had little to learn."""
         lesson, preference, closed = Lesson(), PREFERENCES[key], 0
         tasks = iter(training_tasks(seed, self._plan.batches * self._plan.batch_size))
         while closed < 2 and len(lesson.versions) < self._plan.batches:
