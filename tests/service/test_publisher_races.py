@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+import pytest
 from anyio.from_thread import BlockingPortal
 
+from service.errors import NotFound
 from tests.service.harness import Stack, error_of
 
 
@@ -106,3 +108,14 @@ def test_a_promotion_while_a_newer_version_is_loaded_wins(helper: Stack) -> None
     view = helper.alice.adapter()
     assert (view["live_version"], view["head_version"]) == (1, 1)
     assert helper.alice.ok("GET", "/v1/adapters/helper/versions/2")["status"] == "pending"
+
+
+def test_a_deleted_adapter_is_not_loaded_again(helper: Stack) -> None:
+    """By a request that found it alive and comes to the engine late: the files may go at any moment."""
+    helper.learn("one")
+    adapter = helper.alice.adapter()["id"]
+    helper.alice.ok("DELETE", "/v1/adapters/helper")
+    helper.converge()
+    with pytest.raises(NotFound):
+        portal(helper).call(helper.context.publisher.ensure_loaded, adapter, 1)
+    assert helper.engine.adapters == {}
