@@ -401,7 +401,7 @@ def test_malformed_samples_are_refused(fields: dict[str, tuple[float, ...]], mes
 
 
 def test_reported_base_kl_is_the_full_kl_of_each_step(base: Qwen3ForCausalLM) -> None:
-    """V = 64 is less than the 100 kept tokens: nothing is merged, and the report equals the slow KL(student || base)."""
+    """V = 64 is less than the 100 kept tokens: nothing is merged, and the report equals the slow KL."""
     policy, samples = nudged(base), batch()
     total, tokens = 0.0, 0
     for s in samples:
