@@ -120,10 +120,8 @@ class VllmServer:
             process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout)
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # its own group, led by it: see start_new_session
-        except ProcessLookupError:
-            pass
         process.wait()
 
     def pids(self) -> list[int]:
