@@ -2,7 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test test-fast lint types format clean
+# The environment of a real vLLM for the tests; one that is there already can be named by PERENNIAL_VLLM_PYTHON.
+VLLM_ENV := .venv-vllm
+
+.PHONY: install vllm-env demo test test-fast lint types format clean
 
 install: .venv/.installed
 
@@ -12,6 +15,11 @@ install: .venv/.installed
 	$(BIN)/pip install --quiet -c constraints.txt torch==2.13.0
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[worker,dev]'
 	touch $@
+
+vllm-env:
+ifndef PERENNIAL_VLLM_PYTHON
+	$(PYTHON) tests/vllm/install.py $(VLLM_ENV)
+endif
 
 demo: install
 	$(BIN)/python -m demo.run
@@ -23,11 +31,11 @@ lint: install
 types: install
 	$(BIN)/mypy
 
-test: lint types
+test: lint types vllm-env
 	$(BIN)/pytest
 
 test-fast: install
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow and not vllm"
 
 format: install
 	$(BIN)/ruff format .

@@ -9,11 +9,13 @@ import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
 
+import httpx2
 import typer
 import uvicorn
 from sqlalchemy.exc import SQLAlchemyError
 
 from service import context as contexts
+from service import first_run
 from service.app import create_app
 from service.cli_client import adapters_app, chat, feedback_app, jobs_app
 from service.db import migrate as migrations
@@ -97,6 +99,37 @@ def migrate() -> None:
     database = _database(Settings())
     migrations.migrate(database)
     typer.echo("The database is up to date.")
+
+
+@app.command()
+def init(
+    client_key: Annotated[Path | None, typer.Option(help="File of the first client's key.")] = None,
+    worker_key: Annotated[Path | None, typer.Option(help="File of the worker's key.")] = None,
+) -> None:
+    """First run: migrate, and make the two key files (in the data directory by default). Safe to repeat."""
+    try:
+        settings = Settings()
+        data = settings.data_dir
+        first_run.prepare(settings, client_key or data / "client.key", worker_key or data / "worker.key")
+    except (OSError, ValueError, SQLAlchemyError, PerennialError) as error:
+        _end(f"The installation cannot be prepared: {error}")
+    typer.echo("Database and keys are there.")
+
+
+@app.command()
+def health(
+    url: Annotated[str, typer.Argument(help="/healthz, /health, or /readyz with --part.")],
+    part: Annotated[str | None, typer.Option(help="Only this part of /readyz counts.")] = None,
+) -> None:
+    """Exit status 0 when this URL says that all is well: what containers' health checks run."""
+    try:
+        answer = httpx2.get(url, timeout=5.0)
+        well = answer.status_code == 200 if part is None else answer.json()["parts"][part] == "ok"
+    except (httpx2.HTTPError, ValueError, KeyError) as error:
+        _end(f"{url}: {error!r}")
+    if not well:
+        _end(f"{url}: {answer.status_code} {answer.text[:200]}")
+    typer.echo("ok")
 
 
 @keys_app.command("create")

@@ -21,10 +21,8 @@ from typing import Self
 
 import httpx2
 
-from service.db import migrate
-from service.db.engine import Database
+from service import first_run
 from service.settings import Settings
-from service.store import keys
 
 PARTS = ("engine", "service", "worker")
 PR_SET_PDEATHSIG = 1
@@ -68,32 +66,8 @@ class LocalStack:
         self._prepare()
 
     def _prepare(self) -> None:
-        """Directories, schema, and on the first run the keys: nothing has a default secret."""
-        for name in ("logs", "adapters"):
-            (self.data / name).mkdir(parents=True, exist_ok=True)
-        database = Database(self._settings().db_url)
-        try:
-            migrate.migrate(database)
-            ring = keys.KeyRing(keys.server_secret(self.data / "server.secret"))
-            self.api_key = self._key(database, ring, "client.key", keys.DEFAULT_TENANT, keys.CLIENT_SCOPES)
-            self._key(database, ring, "worker.key", None, keys.WORKER_SCOPES)
-        finally:
-            database.close()
-
-    def _key(
-        self, database: Database, ring: keys.KeyRing, file: str, tenant: str | None, scopes: frozenset[str]
-    ) -> str:
-        path = self.data / file
-        if path.exists():
-            with database.read() as s:
-                if ring.check(s, path.read_text().strip()) is not None:
-                    return path.read_text().strip()
-        with database.write() as s:
-            key = ring.create(s, tenant=tenant, name=f"local {file}", scopes=scopes)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "w") as handle:
-            handle.write(key + "\n")
-        return key
+        (self.data / "logs").mkdir(parents=True, exist_ok=True)
+        self.api_key = first_run.prepare(self._settings(), self.data / "client.key", self.data / "worker.key")
 
     def _settings(self) -> Settings:
         return Settings.model_validate({"data_dir": self.data})

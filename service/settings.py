@@ -1,4 +1,4 @@
-"""Every setting of the service, read once: `PERENNIAL_*` from the environment."""
+"""Every setting of the service, read once: `PERENNIAL_*` from the environment, `PERENNIAL_*_FILE` for secrets."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Annotated, Self
 
 from pydantic import Field, SecretStr, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from sqlalchemy import make_url
+
+from service.secret_files import SecretFiles
 
 
 class Settings(BaseSettings):
@@ -16,6 +19,8 @@ class Settings(BaseSettings):
     """Holds the database, the adapters, archives and the server's own secrets."""
     database_url: str | None = None
     """SQLAlchemy URL; SQLite in `data_dir` by default."""
+    database_password: SecretStr | None = None
+    """Put into `database_url`, so that the URL itself is no secret."""
     database_busy_seconds: Annotated[float, Field(gt=0)] = 5.0
     """How long a request waits for a locked database before it is answered with 503."""
     adapters_dir: Path | None = None
@@ -51,19 +56,36 @@ class Settings(BaseSettings):
     drain_seconds: Annotated[float, Field(ge=0)] = 10.0
     """How long a version that nobody asks for stays loaded."""
 
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, SecretFiles(settings_cls), dotenv_settings, file_secret_settings
+
     @model_validator(mode="after")
     def _places(self) -> Self:
         data = self.data_dir.absolute()
         adapters = (self.adapters_dir or data / "adapters").absolute()
         filled = {
             "data_dir": data,
-            "database_url": self.database_url or f"sqlite:///{data / 'perennial.db'}",
+            "database_url": self._with_password(self.database_url) or f"sqlite:///{data / 'perennial.db'}",
             "adapters_dir": adapters,
             "engine_adapters_dir": self.engine_adapters_dir or adapters,
         }
         for name, value in filled.items():
             object.__setattr__(self, name, value)  # frozen for everyone else
         return self
+
+    def _with_password(self, url: str | None) -> str | None:
+        if url is None or self.database_password is None:
+            return url
+        secret = self.database_password.get_secret_value()
+        return make_url(url).set(password=secret).render_as_string(hide_password=False)
 
     @property
     def adapters_root(self) -> Path:

@@ -75,6 +75,8 @@ class Database:
             self.engine = _sqlite_engine(url, busy_seconds)
         else:
             self.engine = create_engine(url, pool_pre_ping=True, pool_timeout=busy_seconds)
+        self._closed = False
+        event.listen(self.engine, "checkin", self._returned)
         # SQLite admits one writer: queue here, in order, instead of polling in its busy handler.
         self._writer = threading.Lock() if is_sqlite else None
         self._busy_seconds = busy_seconds
@@ -94,7 +96,13 @@ class Database:
                 yield session
 
     def close(self) -> None:
+        """Close every connection; one that a thread still uses, once it is given back."""
+        self._closed = True
         self.engine.dispose()
+
+    def _returned(self, _connection: Any, record: Any) -> None:
+        if self._closed:
+            record.invalidate()
 
     @contextmanager
     def _turn(self) -> Iterator[None]:

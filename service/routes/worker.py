@@ -16,7 +16,7 @@ from service.auth import Ctx, WorkerKey
 from service.bell import Bell
 from service.context import Context
 from service.db.tables import Version
-from service.errors import VersionRejected
+from service.errors import LeaseLost, VersionRejected
 from service.store import leases
 
 router = APIRouter(prefix="/worker/v1", tags=["worker"])
@@ -57,10 +57,12 @@ def heartbeat(run_id: RunId, request: wire.Heartbeat, context: Ctx, _key: Worker
 def commit(run_id: RunId, request: wire.CommitRequest, context: Ctx, _key: WorkerKey) -> wire.CommitReply:
     """Admit the version's files, then apply the whole run in one transaction."""
     with context.database.read() as s:
-        known = leases.committed(s, run_id)
-        if known is not None:
+        try:
+            _, adapter = leases.held(s, run_id, request.token)
+        except LeaseLost:  # asked first: of two commits at once the other may have gone through just now
+            if (known := leases.committed(s, run_id)) is None:
+                raise
             return wire.CommitReply(version=known.n, digest=known.digest)
-        _, adapter = leases.held(s, run_id, request.token)
         lora, base = LoraSettings.model_validate(adapter.lora), adapter.base_model
     try:
         _admit(context, f"{adapter.id}/{run_id}", request, lora, base)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sqlalchemy import and_, or_, select, update
+from sqlalchemy import Select, and_, or_, select, update
 from sqlalchemy.orm import Session
 
 import api_schemas.worker as wire
@@ -38,7 +38,28 @@ def claim(s: Session, request: wire.LeaseRequest, lease_seconds: float) -> wire.
     """The oldest open job of an adapter that nobody holds, under a new fencing token; None when there is none."""
     seen(s, request.worker_id, request.base_model)
     now = clock(s)
-    picked = s.execute(
+    first = _first_open(request.base_model, now)
+    # An adapter whose row another transaction holds is passed over for a free one; if there is none, wait for the row:
+    # it may be the publisher's, for a moment. (SQLite has one writer and locks no rows.)
+    picked = (
+        s.execute(first.with_for_update(skip_locked=True, of=Adapter)).first()
+        or s.execute(first.with_for_update(of=Adapter)).first()
+    )
+    if picked is None:
+        return None
+    adapter, job = picked
+    s.refresh(job)  # read before the adapter's row was ours
+    if job.state not in ("queued", "running"):
+        return None  # it has just ended; the next look finds the one after it
+    run = _open_run(s, adapter, request.worker_id, now, lease_seconds)
+    job.state, job.run_id, job.started_at = "running", run.id, now
+    s.flush()
+    return _lease(s, adapter, run, [job], lease_seconds)
+
+
+def _first_open(base_model: str, now: float) -> Select[Adapter, Job]:
+    """The oldest open job whose adapter nobody holds, with its adapter."""
+    return (
         select(Adapter, Job)
         .join(
             Job,
@@ -56,7 +77,7 @@ def claim(s: Session, request: wire.LeaseRequest, lease_seconds: float) -> wire.
             ),
         )
         .where(
-            Adapter.base_model == request.base_model,
+            Adapter.base_model == base_model,
             Adapter.open_jobs > 0,
             Adapter.deleted_at.is_(None),
             Adapter.run_after <= now,
@@ -64,15 +85,7 @@ def claim(s: Session, request: wire.LeaseRequest, lease_seconds: float) -> wire.
         )
         .order_by(Job.created_at, Job.id)
         .limit(1)
-        .with_for_update(skip_locked=True, of=Adapter)
-    ).first()
-    if picked is None:
-        return None
-    adapter, job = picked
-    run = _open_run(s, adapter, request.worker_id, now, lease_seconds)
-    job.state, job.run_id, job.started_at = "running", run.id, now
-    s.flush()
-    return _lease(s, adapter, run, [job], lease_seconds)
+    )
 
 
 def _open_run(s: Session, adapter: Adapter, worker_id: str, now: float, lease_seconds: float) -> Run:

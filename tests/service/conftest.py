@@ -40,19 +40,33 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def make_context(tmp_path: Path, model_dir: Path, empty_database: Path) -> Callable[..., tuple[Context, FakeEngine]]:
+def database_url() -> str | None:
+    """None: SQLite in the data directory. A module that overrides it runs the same tests on another database."""
+    return None
+
+
+@pytest.fixture
+def make_context(
+    tmp_path: Path, model_dir: Path, empty_database: Path, database_url: str | None
+) -> Iterator[Callable[..., tuple[Context, FakeEngine]]]:
     """A context on a fresh database and a fresh engine; settings can be changed by name."""
+
+    opened = ExitStack()
 
     def make(engine: FakeEngine | None = None, **changes: Any) -> tuple[Context, FakeEngine]:
         data = tmp_path / "data"
         data.mkdir(exist_ok=True)
         if not (data / "perennial.db").exists():
             shutil.copy(empty_database, data / "perennial.db")
-        values = {"data_dir": data, "model_dir": model_dir, "base_model": peft_files.BASE} | PATIENT | changes
+        values = {"data_dir": data, "database_url": database_url, "model_dir": model_dir, "base_model": peft_files.BASE}
+        values |= PATIENT | changes
         engine = engine or FakeEngine(peft_files.BASE)
-        return contexts.build(Settings.model_validate(values), transport=engine), engine
+        context = contexts.build(Settings.model_validate(values), transport=engine)
+        opened.callback(context.database.close)
+        return context, engine
 
-    return make
+    with opened:
+        yield make
 
 
 @pytest.fixture

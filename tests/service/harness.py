@@ -13,6 +13,7 @@ from starlette.testclient import TestClient
 
 from api_schemas.worker import FileEntry, Lease
 from service.context import Context
+from service.db.engine import clock
 from service.publisher import served_name
 from tests.service import peft_files
 from tests.service.fake_engine import FakeEngine
@@ -153,6 +154,11 @@ class Stack:
         """Change the database behind the service's back."""
         with self.context.database.write() as s:
             s.execute(text(statement), values)
+
+    def now(self) -> float:
+        """By the database's clock, Unix seconds."""
+        with self.context.database.read() as s:
+            return clock(s)
 
     def rows(self, statement: str, **values: Any) -> list[Mapping[str, Any]]:
         with self.context.database.read() as s:

@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 
 from service.cli import app
 from service.db.engine import Database
+from service.local import free_port
 from service.settings import Settings
 from service.store.keys import CLIENT_SCOPES, KeyRing, server_secret
 
@@ -144,4 +145,52 @@ def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp
 def test_settings_out_of_bounds_are_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(f"PERENNIAL_{name}", value)
     with pytest.raises(ValidationError, match=name.lower()):
+        Settings()
+
+
+def test_init_makes_keys_once_and_mends_them(run: Run, data_dir: Path, tmp_path: Path) -> None:
+    worker_key = tmp_path / "keys" / "worker.key"
+    command = ("init", "--worker-key", str(worker_key))
+    for _ in range(2):
+        assert run(*command).exit_code == 0
+    client = (data_dir / "client.key").read_text().strip()
+    worker = worker_key.read_text().strip()
+    made = owner(data_dir, client)
+    assert made is not None
+    assert made[1] == CLIENT_SCOPES
+    assert owner(data_dir, worker) == (None, frozenset({"worker"}))
+    assert len(run("keys", "list").output.splitlines()) == 2
+    assert worker_key.stat().st_mode & 0o077 == 0
+    run("keys", "revoke", worker.split("_")[1])
+    assert run(*command).exit_code == 0
+    assert worker_key.read_text().strip() != worker
+    assert (data_dir / "client.key").read_text().strip() == client
+
+
+def test_init_says_what_it_cannot_write(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = run("init", "--worker-key", str(tmp_path / "file" / "worker.key"))
+    assert result.exit_code == 1
+    assert "cannot be prepared" in result.output
+    assert "Traceback" not in result.output
+
+
+def test_health_of_nothing_is_bad(run: Run) -> None:
+    result = run("health", f"http://127.0.0.1:{free_port()}/healthz")
+    assert result.exit_code == 1
+    assert "ConnectError" in result.output
+
+
+def test_secrets_may_come_from_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "password").write_text("s3/cret\n")
+    monkeypatch.setenv("PERENNIAL_DATABASE_URL", "postgresql+psycopg://perennial@db/perennial")
+    monkeypatch.setenv("PERENNIAL_DATABASE_PASSWORD_FILE", str(tmp_path / "password"))
+    assert Settings().db_url == "postgresql+psycopg://perennial:s3%2Fcret@db/perennial"
+    assert "s3" not in repr(Settings().database_password)
+    monkeypatch.setenv("PERENNIAL_DATABASE_PASSWORD", "other")
+    with pytest.raises(ValueError, match="give one of the two"):
+        Settings()
+    monkeypatch.setenv("PERENNIAL_DATABASE_PASSWORD", "")
+    monkeypatch.setenv("PERENNIAL_DATABASE_PASSWORD_FILE", str(tmp_path / "absent"))
+    with pytest.raises(ValueError, match="absent cannot be read"):
         Settings()

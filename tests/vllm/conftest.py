@@ -1,0 +1,62 @@
+"""Fixtures with a real vLLM. Every test of this directory carries the marker `vllm`; none is ever skipped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from demo.client import Client
+from demo.run import BASE_MODEL, MODEL_DIR
+from service.local import LocalConfig, LocalStack
+from tests.e2e.conftest import Running
+from tests.vllm.server import VllmConfig, VllmServer
+
+MakeServer = Callable[..., VllmServer]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.vllm)
+            if item.get_closest_marker("timeout") is None:
+                item.add_marker(pytest.mark.timeout(600))  # the first one waits for the server: about a minute
+
+
+@pytest.fixture(scope="session")
+def make_vllm(tmp_path_factory: pytest.TempPathFactory) -> MakeServer:
+    """A server of the demonstration model that is not started yet; keyword arguments are VllmConfig's."""
+
+    def make(**config: object) -> VllmServer:
+        log = tmp_path_factory.mktemp("vllm") / "vllm.log"
+        return VllmServer(VllmConfig(MODEL_DIR, BASE_MODEL, log, **config))  # type: ignore[arg-type]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def vllm(make_vllm: MakeServer) -> Iterator[VllmServer]:
+    """One server for all tests that neither kill it nor harm it."""
+    with make_vllm() as server:
+        yield server
+
+
+def stack_before(server: VllmServer, data_dir: Path, **settings: str) -> LocalStack:
+    """Service and worker in front of this server, not started yet: `start("service", "worker")`."""
+    environment = {"PERENNIAL_ENGINE_URL": server.url, "PERENNIAL_DRAIN_SECONDS": "0.5", **settings}
+    return LocalStack(LocalConfig(data_dir, MODEL_DIR, BASE_MODEL, port=0, threads=1, settings=environment))
+
+
+@pytest.fixture(scope="session")
+def vllm_running(vllm: VllmServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """Service and worker before the shared server; each test makes adapters of its own."""
+    stack = stack_before(vllm, tmp_path_factory.mktemp("vllm-stack"))
+    try:
+        stack.start("service", "worker")
+        stack.wait_ready()
+        with Client(stack.url, stack.api_key) as client:
+            yield Running(stack, client)
+    finally:
+        stack.stop()
