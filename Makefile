@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test test-fast lint types format clean
+.PHONY: install demo test test-fast check-swap lint types format clean
 
 install: .venv/.installed
 
@@ -28,6 +28,10 @@ test: lint types
 
 test-fast: install
 	$(BIN)/pytest -m "not slow"
+
+# Needs a Python that has vLLM: PERENNIAL_VLLM_PYTHON. Writes build/reports/swap.json.
+check-swap: install
+	$(BIN)/pytest tests/vllm/test_swap.py -k sixty_seconds
 
 format: install
 	$(BIN)/ruff format .

@@ -52,6 +52,12 @@ class Fleet:
         """A replica for what any can answer; the first when none is up."""
         return (self.up or self.replicas)[0].engine
 
+    async def ready(self) -> bool:
+        """Whether a replica takes traffic; one that has just come is made whole first."""
+        if not self.up:
+            await self._wait_for_recovery()
+        return bool(self.up)
+
     @asynccontextmanager
     async def hold(
         self, adapter_id: str | None, n: int, *, session: str = "", generates: bool = True
@@ -101,8 +107,7 @@ class Fleet:
 
     async def _candidates(self, name: str) -> list[Replica]:
         """Replicas that have the version; where none has, those that might load it."""
-        if not self.up:
-            await self._wait_for_recovery()
+        await self.ready()
         up = self.up
         willing = [r for r in up if r.refusal(name) is None]
         found = [r for r in up if name in r.loaded] or willing or up

@@ -154,6 +154,19 @@ def test_an_engine_that_is_healthy_and_generates_nothing_does_not_count(several:
     assert [r.up for r in it.stack.context.serving.replicas] == [True, True]
 
 
+def test_ready_means_that_some_engine_generates(several: Callable[..., Several]) -> None:
+    it = several(2, probe_seconds=0.0)
+    it.stack.worker.lease()
+    assert it.stack.alice.get("/readyz").status_code == 200
+    it.fleet.engines[0].dead = True
+    it.stack.converge()
+    assert it.stack.alice.get("/readyz").status_code == 200
+    it.fleet.engines[1].dead = True
+    it.stack.converge()
+    answer = it.stack.alice.get("/readyz")
+    assert (answer.status_code, answer.json()["missing"]) == (503, ["engine"])
+
+
 def test_an_engine_that_was_dead_and_lives_again_answers_without_a_pass(stack: Stack) -> None:
     stack.alice.create()
     stack.learn("one")
