@@ -5,7 +5,7 @@ BIN := .venv/bin
 # The environment of a real vLLM for the tests; one that is there already can be named by PERENNIAL_VLLM_PYTHON.
 VLLM_ENV := .venv-vllm
 
-.PHONY: install vllm-env demo test test-fast lint types format clean
+.PHONY: install vllm-env demo test test-fast check-swap lint types format clean
 
 install: .venv/.installed
 
@@ -36,6 +36,10 @@ test: lint types vllm-env
 
 test-fast: install
 	$(BIN)/pytest -m "not slow and not vllm"
+
+# Swaps under load with a real vLLM; writes build/reports/swap.json.
+check-swap: install vllm-env
+	$(BIN)/pytest tests/vllm/test_swap.py -k sixty_seconds
 
 format: install
 	$(BIN)/ruff format .

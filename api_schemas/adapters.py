@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from api_schemas.base import AdapterName, ModelName, Request, Response
+from api_schemas.base import AdapterName, ModelName, Request, Response, Sha256
 from api_schemas.jobs import StepMetrics
 from api_schemas.training import LoraSettings, TrainingSettings
 
@@ -46,6 +46,22 @@ class AdapterDeleted(Response):
     deleted: bool = True
 
 
+class UploadedFile(Response):
+    """A file that is waiting for its commit; it is kept for an hour."""
+
+    object: Literal["adapter.upload"] = "adapter.upload"
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+class UploadCommit(Request):
+    """Which of the uploaded files make the version, by the SHA-256 that each PUT answered."""
+
+    config_sha256: Sha256
+    weights_sha256: Sha256
+
+
 VersionStatus = Literal["pending", "published", "rejected"]
 
 
@@ -55,8 +71,11 @@ class Version(Response):
     version: int
     parent: int
     """0 = trained from the base model."""
+    source: Literal["training", "upload"]
     status: VersionStatus
     live: bool
+    files: Literal["kept", "removed"]
+    """`removed`: by the retention setting; it can neither be served nor downloaded any more."""
     digest: str
     """`sha256:` over the version's files."""
     size_bytes: int

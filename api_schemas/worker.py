@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, StringConstraints
+from pydantic import Field, FiniteFloat, StringConstraints, model_validator
 
-from api_schemas.base import Identifier, ModelName, Request, Response
+from api_schemas.base import Identifier, ModelName, Request, Response, Sha256
 from api_schemas.jobs import JobError, JobProgress, StepMetrics
 from api_schemas.training import LoraSettings, ResolvedTraining
 
 FileName = Annotated[str, StringConstraints(pattern=r"^(adapter|trainer)/[A-Za-z0-9_.-]{1,64}$")]
-Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
 class LeaseRequest(Request):
@@ -60,6 +59,8 @@ class Lease(Response):
     parent: ParentVersion | None
     standing_feedback: list[str]
     """Of the parent version, oldest first."""
+    canary_prompt: str | None = None
+    """What to record log-probs of; None: record none."""
     batch_ids: list[str]
     items: list[LeasedItem]
 
@@ -92,6 +93,25 @@ class ItemReport(Request):
     response_tokens: Annotated[int, Field(ge=0)]
 
 
+class Canary(Request):
+    """Log-probs of fixed tokens as the trainer computed them: every engine that loads the version is held to them."""
+
+    token_ids: Annotated[list[int], Field(min_length=2, max_length=4096)]
+    """The canary prompt in the model's chat template, and the base model's own next tokens."""
+    logprobs: list[FiniteFloat]
+    """Of every token but the first under the new version, raw, natural log."""
+    parent_logprobs: list[FiniteFloat]
+    """The same under what the version was trained from."""
+    dtype: Literal["float32", "bfloat16"]
+    """What the trainer computes in."""
+
+    @model_validator(mode="after")
+    def _one_for_each(self) -> Self:
+        if not len(self.logprobs) == len(self.parent_logprobs) == len(self.token_ids) - 1:
+            raise ValueError("a log-prob for every token but the first is needed")
+        return self
+
+
 class CommitRequest(Request):
     token: int
     uri: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}/[A-Za-z0-9_-]{1,64}$")]
@@ -100,6 +120,8 @@ class CommitRequest(Request):
     metrics: Annotated[list[StepMetrics], Field(max_length=1024)]
     items: Annotated[list[ItemReport], Field(max_length=4096)] = []
     training_seconds: Annotated[float, Field(ge=0)]
+    canary: Canary | None = None
+    """None: from a worker that records none."""
 
 
 class CommitReply(Response):

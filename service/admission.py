@@ -23,6 +23,25 @@ from service.errors import VersionRejected
 
 MAX_HEADER = 2**20
 MAX_CONFIG = 64 * 2**10
+MAX_NORM = 1000.0
+"""Of alpha / rank * |A| * |B| (Frobenius) of one layer. Finite weights that are huge overflow to NaN in the engine;
+trained adapters stay below 100."""
+HEADER_START = 512
+"""So many bytes tell a safetensors file from other kinds."""
+OTHER_KINDS = {
+    "archive: a zip file": (0, b"PK\x03\x04"),
+    "archive: a gzip file": (0, b"\x1f\x8b\x08"),
+    "archive: a bzip2 file": (0, b"BZh"),
+    "archive: a xz file": (0, b"\xfd7zXZ\x00"),
+    "archive: a zstd file": (0, b"\x28\xb5\x2f\xfd"),
+    "archive: a 7z file": (0, b"7z\xbc\xaf\x27\x1c"),
+    "archive: a tar file": (257, b"ustar"),
+    "pickle: protocol 2": (0, b"\x80\x02"),
+    "pickle: protocol 3": (0, b"\x80\x03"),
+    "pickle: protocol 4": (0, b"\x80\x04"),
+    "pickle: protocol 5": (0, b"\x80\x05"),
+}
+"""Reason -> (offset, first bytes), looked at only once a file is known not to be safetensors."""
 CHUNK = 2**20
 DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
 EMBEDDINGS = ("embed_tokens", "embeddings", ".wte", ".wpe")
@@ -52,21 +71,43 @@ def read_header(path: Path, *, limit: int = MAX_HEADER) -> dict[str, TensorEntry
     """The tensors of a safetensors file. Raises VersionRejected unless they cover the file exactly, without overlap."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(limit, size - 8):
+        first = file.read(HEADER_START)
+        length = header_length(first, limit=limit)
+        if 8 + length > size:
             raise VersionRejected("bad_file: not a whole safetensors file.")
-        try:
-            header = json.loads(file.read(length))
-            entries = {k: _entry(v, 8 + length) for k, v in header.items() if k != "__metadata__"}
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise VersionRejected("bad_file: the safetensors header cannot be read.") from error
-    at = 8 + length
+        file.seek(8)
+        entries = parse_header(file.read(length))
+    if max((e.end for e in entries.values()), default=8 + length) != size:
+        raise VersionRejected("bad_file: truncated, or bytes after the last tensor.")
+    return entries
+
+
+def header_length(first: bytes, *, limit: int = MAX_HEADER) -> int:
+    """Bytes of the header, from the first HEADER_START bytes of a file (or all, if it has fewer).
+
+    Raises VersionRejected when it would be longer than `limit`; what is plainly something else is named.
+    """
+    length = int.from_bytes(first[:8], "little")
+    if len(first) >= 8 and length <= limit:
+        return length
+    for kind, (at, magic) in OTHER_KINDS.items():
+        if first[at:].startswith(magic):
+            raise VersionRejected(f"{kind}; upload the safetensors file itself.")
+    raise VersionRejected("bad_file: not a whole safetensors file, or a header of more than 1 MiB.")
+
+
+def parse_header(raw: bytes) -> dict[str, TensorEntry]:
+    """The tensors that a header names, which lie one after the other. Raises VersionRejected."""
+    try:
+        header = json.loads(raw)
+        entries = {k: _entry(v, 8 + len(raw)) for k, v in header.items() if k != "__metadata__"}
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise VersionRejected("bad_file: the safetensors header cannot be read.") from error
+    at = 8 + len(raw)
     for entry in sorted(entries.values(), key=lambda e: e.begin):
         if entry.begin != at:
             raise VersionRejected("bad_file: tensors overlap or leave a hole.")
         at = entry.end
-    if at != size:
-        raise VersionRejected("bad_file: truncated, or bytes after the last tensor.")
     return entries
 
 
@@ -111,7 +152,30 @@ def check_adapter(directory: Path, base: Mapping[str, Shape], base_model: str, l
     weights = directory / "adapter_model.safetensors"
     if not weights.is_file() or weights.is_symlink():
         raise VersionRejected("missing_file: adapter_model.safetensors.")
-    found, wanted = read_header(weights), expected_tensors(base, lora)
+    check_weights(weights, base, lora)
+
+
+def check_weights(path: Path, base: Mapping[str, Shape], lora: LoraSettings) -> None:
+    """Raises VersionRejected unless the file holds exactly the tensors of this shape, finite and not huge."""
+    found = read_header(path)
+    check_layout(found, expected_tensors(base, lora))
+    norms = {name: _norm(path, entry) for name, entry in found.items()}
+    for name, norm in norms.items():
+        if not math.isfinite(norm):
+            raise VersionRejected(f"not_finite: {name} holds NaN or Inf.")
+        if ".lora_A." in name:
+            size = lora.alpha / lora.rank * norm * norms[name.replace(".lora_A.", ".lora_B.")]
+            if size > MAX_NORM:
+                raise VersionRejected(f"too_large: the update of {name} has norm {size:.3g}; {MAX_NORM:g} is allowed.")
+
+
+def largest_weights(base: Mapping[str, Shape], lora: LoraSettings) -> int:
+    """Most bytes that a weights file of this shape can have."""
+    return 8 + MAX_HEADER + 4 * sum(math.prod(s) for s in expected_tensors(base, lora).values())
+
+
+def check_layout(found: Mapping[str, TensorEntry], wanted: Mapping[str, Shape]) -> None:
+    """Raises VersionRejected unless a header names exactly these tensors, in a type and shape that is taken."""
     if missing := sorted(wanted.keys() - found.keys()):
         raise VersionRejected(f"missing_keys: {len(missing)} tensors, the first is {missing[0]}.")
     if extra := sorted(found.keys() - wanted.keys()):
@@ -121,8 +185,6 @@ def check_adapter(directory: Path, base: Mapping[str, Shape], base_model: str, l
             raise VersionRejected(f"wrong_dtype: {name} is {entry.dtype[:20]!a}; F32, F16 or BF16 is taken.")
         if entry.shape != wanted[name]:
             raise VersionRejected(f"wrong_shape: {name} is {entry.shape}, this base and rank need {wanted[name]}.")
-        if not _finite(weights, entry):
-            raise VersionRejected(f"not_finite: {name} holds NaN or Inf.")
 
 
 def check_config(path: Path, base_model: str, lora: LoraSettings) -> None:
@@ -149,15 +211,18 @@ def check_config(path: Path, base_model: str, lora: LoraSettings) -> None:
             raise VersionRejected(f"unsupported: {feature}.")
 
 
-def _finite(path: Path, entry: TensorEntry) -> bool:
+def _norm(path: Path, entry: TensorEntry) -> float:
+    """Frobenius norm; NaN or Inf when a number is. Read in pieces: memory stays small however large the file is."""
     kind = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[entry.dtype]
-    values = np.memmap(path, dtype=np.uint8, mode="r", offset=entry.begin, shape=(entry.end - entry.begin,))
-    if not len(values):
-        return True
-    numbers = values.view(kind)
-    if entry.dtype == "BF16":  # all exponent bits set: Inf or NaN
-        return not bool(((numbers & 0x7F80) == 0x7F80).any())
-    return bool(np.isfinite(numbers).all())
+    total = 0.0
+    with path.open("rb") as file:
+        file.seek(entry.begin)
+        for at in range(entry.begin, entry.end, CHUNK):
+            numbers = np.frombuffer(file.read(min(CHUNK, entry.end - at)), kind)
+            if entry.dtype == "BF16":  # the upper half of a float32
+                numbers = (numbers.astype(np.uint32) << 16).view(np.float32)
+            total += float(np.square(numbers.astype(np.float64)).sum())
+    return math.sqrt(total)
 
 
 def sha256_of(path: Path) -> str:

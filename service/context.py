@@ -11,7 +11,10 @@ from service import admission
 from service.bell import Bell
 from service.db.engine import Database
 from service.engine_client import EngineClient
-from service.publisher import Publisher
+from service.serving.artifacts import Artifacts
+from service.serving.fleet import Fleet
+from service.serving.publisher import Publisher
+from service.serving.replica import Replica
 from service.settings import Settings
 from service.store.keys import KeyRing, server_secret
 
@@ -20,7 +23,7 @@ from service.store.keys import KeyRing, server_secret
 class Context:
     settings: Settings
     database: Database
-    engine: EngineClient
+    serving: Fleet
     publisher: Publisher
     keys: KeyRing
     base_model: str
@@ -29,6 +32,11 @@ class Context:
     """(out, in) of the base's weights: what adapters must fit."""
     work: Bell
     """Rung when a job is queued: workers that wait for one look again."""
+
+    @property
+    def engine(self) -> EngineClient:
+        """For what any replica can answer, such as the base model's window."""
+        return self.serving.engine
 
 
 def build(settings: Settings, *, transport: httpx2.AsyncBaseTransport | None = None) -> Context:
@@ -39,12 +47,18 @@ def build(settings: Settings, *, transport: httpx2.AsyncBaseTransport | None = N
     settings.adapters_root.mkdir(parents=True, exist_ok=True)
     database = Database(settings.db_url, busy_seconds=settings.database_busy_seconds)
     key = settings.engine_api_key.get_secret_value() if settings.engine_api_key else None
-    engine = EngineClient(settings.engine_url, api_key=key, timeout=settings.engine_timeout, transport=transport)
+    artifacts = Artifacts(database, settings)
+    clients = {
+        url: EngineClient(url, api_key=key, timeout=settings.engine_timeout, transport=transport)
+        for url in settings.engines
+    }
+    replicas = [Replica(url, client, artifacts, settings, settings.base_name) for url, client in clients.items()]
+    serving = Fleet(replicas, settings.base_name)
     return Context(
         settings=settings,
         database=database,
-        engine=engine,
-        publisher=Publisher(database, engine, settings),
+        serving=serving,
+        publisher=Publisher(database, serving, settings),
         keys=KeyRing(server_secret(settings.data_dir / "server.secret")),
         base_model=settings.base_name,
         base_shapes=admission.linear_shapes(settings.model_dir),

@@ -15,6 +15,9 @@ from service.errors import EngineError, TooMany, Unavailable, Unprocessable
 CONTROL_TIMEOUT = 120.0
 """Seconds for loading an adapter; loads of large ones are slow."""
 
+PROBE_TIMEOUT = 15.0
+"""Seconds for one token."""
+
 
 class ModelNotLoaded(Unavailable):
     """The engine does not know the served name (any more): load it and ask again."""
@@ -136,6 +139,26 @@ class EngineClient:
         if not isinstance(count, int):
             raise EngineError("The engine did not count the tokens.")
         return count
+
+    async def score(self, model: str, token_ids: list[int]) -> list[float]:
+        """Raw log-prob of every token but the first, given those before it."""
+        payload = {"model": model, "prompt": token_ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+        choice = _body(await self._call("POST", "/v1/completions", json=payload, timeout=CONTROL_TIMEOUT))["choices"][0]
+        try:
+            rows = choice["prompt_logprobs"][1:]
+            return [float(row[str(t)]["logprob"]) for t, row in zip(token_ids[1:], rows, strict=True)]
+        except (KeyError, TypeError, ValueError) as error:
+            raise EngineError("The engine's log-probs of a prompt cannot be read.") from error
+
+    async def probe(self, model: str) -> None:
+        """One generated token: the only proof that an engine lives. Raises EngineError when it gives none."""
+        payload = {"model": model, "prompt": "a", "max_tokens": 1, "temperature": 0}
+        try:
+            body = _body(await self._call("POST", "/v1/completions", json=payload, timeout=PROBE_TIMEOUT))
+        except Unprocessable as error:
+            raise EngineError(f"The engine does not answer a one-token request: {error.message}") from error
+        if not body.get("choices"):
+            raise EngineError("The engine generated nothing.")
 
     async def chat(self, payload: dict[str, Any]) -> dict[str, Any]:
         """One whole answer. Raises ModelNotLoaded, Unprocessable (with the engine's reason), EngineError."""

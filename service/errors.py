@@ -45,6 +45,12 @@ class NotFound(PerennialError):
     status, type, code = 404, "invalid_request_error", "not_found"
 
 
+class Gone(PerennialError):
+    """It was there, and is not any more."""
+
+    status, type, code = 410, "invalid_request_error", "version_removed"
+
+
 class Conflict(PerennialError):
     """Permanent: the same request will fail again."""
 

@@ -20,6 +20,8 @@ from api_schemas.chat import ChatRequest
 from service.context import Context
 from service.engine_client import ModelNotLoaded
 from service.errors import EngineError, NotFound, Unavailable, VersionRejected
+from service.serving.fleet import Served
+from service.serving.router import session_key
 from service.store import adapters, rollouts, versions
 
 Json = dict[str, Any]
@@ -105,8 +107,8 @@ class Gateway:
     async def complete(self, tenant_id: str, request: ChatRequest) -> Json:
         """One whole answer, stored before it is returned."""
         target = await anyio.to_thread.run_sync(resolve_target, self._context, tenant_id, request.model)
-        async with self._served(target) as served:
-            raw = await self._retried_chat(target, engine_payload(request, served, tenant_id))
+        async with self._served(target, tenant_id, request) as served:
+            raw = await self._retried_chat(served, engine_payload(request, served.name, tenant_id))
         choice, capture = raw["choices"][0], Capture(prompt_token_ids=raw.get("prompt_token_ids"))
         text = choice["message"].get("content") or ""
         capture.take(choice, text)
@@ -126,9 +128,9 @@ class Gateway:
         completion_id, capture = new_completion_id(), Capture()
         envelope = _envelope(completion_id, "chat.completion.chunk", target)
         held: list[Json] = []
-        async with self._served(target) as served:
-            payload = engine_payload(request, served, tenant_id)
-            async with self._retried_stream(target, payload) as chunks:
+        async with self._served(target, tenant_id, request) as served:
+            payload = engine_payload(request, served.name, tenant_id)
+            async with self._retried_stream(served, payload) as chunks:
                 async for chunk in chunks:
                     out = _visible_chunk(envelope, chunk, request, capture)
                     if capture.finish_reason is not None:
@@ -143,40 +145,32 @@ class Gateway:
                 yield out
 
     @asynccontextmanager
-    async def _served(self, target: Target) -> AsyncIterator[str]:
-        if target.adapter_id is None or target.n == 0:
-            yield target.base_model
-            return
+    async def _served(self, target: Target, tenant_id: str, request: ChatRequest) -> AsyncIterator[Served]:
+        session = session_key(tenant_id, target.adapter_id, [m.plain() for m in request.messages])
         try:
-            async with self._context.publisher.hold(target.adapter_id, target.n) as name:
-                yield name
+            async with self._context.serving.hold(target.adapter_id, target.n, session=session) as served:
+                yield served
         except VersionRejected as error:  # it was good when it was published: no fault of this request
             raise Unavailable(
                 f"{target.model} cannot be served at present.", code="version_unavailable", retry_after=30
             ) from error
 
-    async def _retried_chat(self, target: Target, payload: Json) -> Json:
+    async def _retried_chat(self, served: Served, payload: Json) -> Json:
         try:
-            return await self._context.engine.chat(payload)
-        except ModelNotLoaded:
-            await self._reload(target, payload["model"])
-            return await self._context.engine.chat(payload)
+            return await served.engine.chat(payload)
+        except ModelNotLoaded:  # the engine was restarted and has forgotten the version
+            await served.reload()
+            return await served.engine.chat(payload)
 
     @asynccontextmanager
-    async def _retried_stream(self, target: Target, payload: Json) -> AsyncIterator[AsyncIterator[Json]]:
+    async def _retried_stream(self, served: Served, payload: Json) -> AsyncIterator[AsyncIterator[Json]]:
         async with AsyncExitStack() as stack:
             try:
-                chunks = await stack.enter_async_context(self._context.engine.stream(payload))
+                chunks = await stack.enter_async_context(served.engine.stream(payload))
             except ModelNotLoaded:
-                await self._reload(target, payload["model"])
-                chunks = await stack.enter_async_context(self._context.engine.stream(payload))
+                await served.reload()
+                chunks = await stack.enter_async_context(served.engine.stream(payload))
             yield chunks
-
-    async def _reload(self, target: Target, served: str) -> None:
-        """The engine was restarted and has forgotten the version."""
-        if target.adapter_id is not None and target.n:
-            self._context.publisher.forget(served)
-            await self._context.publisher.ensure_loaded(target.adapter_id, target.n)
 
     async def _keep(
         self, completion_id: str, tenant_id: str, target: Target, request: ChatRequest, capture: Capture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -10,6 +11,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import TooLarge
 from service.problems import error_body
+
+UPLOAD = re.compile(r"/v1/adapters/[^/]+/upload/[^/]+")
 
 
 class RequestIds:
@@ -33,19 +36,25 @@ class RequestIds:
 
 
 class BodyLimit:
-    """Refuses bodies over `limit` bytes with 413, declared or not."""
+    """Refuses bodies over `limit` bytes with 413, declared or not. Streamed uploads have a limit of their own."""
 
-    def __init__(self, app: ASGIApp, limit: int) -> None:
+    def __init__(self, app: ASGIApp, limit: int, uploads: int) -> None:
         self._app = app
         self._limit = limit
+        self._uploads = uploads
+
+    def _limit_of(self, scope: Scope) -> int:
+        upload = scope["method"] == "PUT" and UPLOAD.fullmatch(scope["path"])
+        return self._uploads if upload else self._limit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        limit = self._limit_of(scope)
         declared = Headers(scope=scope).get("content-length", "0")
-        if not (declared.isascii() and declared.isdigit()) or int(declared[:20]) > self._limit:
-            await self._refuse(send)
+        if not (declared.isascii() and declared.isdigit()) or int(declared[:20]) > limit:
+            await self._refuse(send, limit)
             return
         taken, refused = 0, False
 
@@ -54,20 +63,20 @@ class BodyLimit:
             message = await receive()
             taken += len(message.get("body", b""))
             # Whoever reads the body sees a client that has gone, gives up, and its answer is replaced below.
-            return message if taken <= self._limit else {"type": "http.disconnect"}
+            return message if taken <= limit else {"type": "http.disconnect"}
 
         async def replaced(message: Message) -> None:
             nonlocal refused
-            if taken <= self._limit:
+            if taken <= limit:
                 await send(message)
             elif not refused:
                 refused = True
-                await self._refuse(send)
+                await self._refuse(send, limit)
 
         await self._app(scope, counted, replaced)
 
-    async def _refuse(self, send: Send) -> None:
-        error = TooLarge(f"The body is larger than {self._limit} bytes: send smaller batches.")
+    async def _refuse(self, send: Send, limit: int) -> None:
+        error = TooLarge(f"The body is larger than {limit} bytes: send smaller batches.")
         body = json.dumps(error_body(error)).encode()
         headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
         await send({"type": "http.response.start", "status": 413, "headers": headers})

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 from sqlalchemy import make_url
 
 from service.secret_files import SecretFiles
+
+CANARY_PROMPT = "The lighthouse keeper counts 7 gulls, 3 boats and one long cloud. What does she write down tonight?"
+"""Any words do, as long as they stay: letters, digits and a question, some of which every adapter changes."""
 
 
 class Settings(BaseSettings):
@@ -33,6 +36,8 @@ class Settings(BaseSettings):
     base_model: str | None = None
     """The name under which the engine serves the base; by default the name of `model_dir`."""
     engine_url: str = "http://127.0.0.1:8701"
+    engine_urls: str = ""
+    """Several engines of the same base, separated by commas; `engine_url` is the form for one."""
     engine_api_key: SecretStr | None = None
     engine_timeout: Annotated[float, Field(gt=0)] = 300.0
     """Seconds until a generation is given up."""
@@ -55,6 +60,27 @@ class Settings(BaseSettings):
     reconcile_seconds: Annotated[float, Field(gt=0)] = 2.0
     drain_seconds: Annotated[float, Field(ge=0)] = 10.0
     """How long a version that nobody asks for stays loaded."""
+
+    publish_when: Literal["any", "all"] = "any"
+    """Move the alias when one replica that is up holds the new version, or only when all of them do."""
+    probe_seconds: Annotated[float, Field(ge=0)] = 10.0
+    """An engine that has generated nothing for so long must generate a token before it counts as alive."""
+
+    canary: bool = True
+    """Compare every engine's log-probs with the trainer's after loading a version."""
+    canary_prompt: Annotated[str, Field(min_length=1, max_length=2000)] = CANARY_PROMPT
+    canary_bound_float32: Annotated[float, Field(gt=0)] = 1e-4
+    canary_bound_bfloat16: Annotated[float, Field(gt=0)] = 0.05
+    """Most that one log-prob may differ, nats, where trainer or engine compute in bfloat16."""
+    engine_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What the engines compute in; auto: as the trainer."""
+
+    keep_versions: Annotated[int, Field(ge=1)] | None = None
+    """Older versions of an adapter lose their files; None keeps all."""
+    retention_grace_seconds: Annotated[float, Field(ge=0)] = 3600.0
+    """Age below which, and time since its last request for which, a version keeps its files anyway."""
+    max_upload_bytes: Annotated[int, Field(ge=1024)] = 4 * 2**30
+    """Of one file of an adapter that is uploaded; the adapter's own shape sets a closer limit."""
 
     @classmethod
     def settings_customise_sources(
@@ -96,6 +122,16 @@ class Settings(BaseSettings):
     def engine_adapters_root(self) -> Path:
         assert self.engine_adapters_dir is not None  # noqa: S101 - filled by _places
         return self.engine_adapters_dir
+
+    @property
+    def engines(self) -> list[str]:
+        """URL of every replica, in order, each once."""
+        return list(dict.fromkeys(u for u in (self.engine_urls or self.engine_url).replace(" ", "").split(",") if u))
+
+    def canary_bound(self, trainer: str) -> float:
+        """Most that trainer and engine may differ, by the less exact of the two."""
+        exact = "bfloat16" not in (trainer, self.engine_dtype)
+        return self.canary_bound_float32 if exact else self.canary_bound_bfloat16
 
     @property
     def archives_root(self) -> Path:

@@ -130,6 +130,7 @@ class Attempt:
             metrics=self._metrics,
             items=done.items,
             training_seconds=done.training_seconds,
+            canary=done.canary,
         )
         self._commit_sent = True
         try:

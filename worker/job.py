@@ -28,6 +28,7 @@ from sdpo_core.options import Options
 from sdpo_core.samples import Sample
 from sdpo_core.standing import update_standing
 from worker.base_model import BaseModel
+from worker.canary import canary_ids, record, score
 from worker.card import write_card, write_provenance
 from worker.errors import StoppedError, TrainingFailedError
 from worker.items import probes_of, samples_of
@@ -59,13 +60,16 @@ def run_job(lease: Lease, base: BaseModel, root: Path, *, report: Report, should
     with _named_failures():
         job = _prepare(lease, base, root)
         source = job.parent / "adapter" if job.parent else _fresh_lora(lease, base)
+        canary = canary_ids(base, lease.canary_prompt)
         torch.manual_seed(lease.seed)
         with attached(base.module, source) as policy:
+            before = score(policy, canary)
             optimizer = _optimizer(policy, job)
             started = time.monotonic()
             result = _train(policy, optimizer, job, report, should_stop)
             seconds = time.monotonic() - started
             report(Progress(run_id=lease.run_id, phase="writing", step=len(result.steps), steps=job.options.steps))
+            after = score(policy, canary)
             standing = _standing(policy, job, base)
             files = _write(policy, optimizer, job, root, len(standing))
     return Done(
@@ -75,6 +79,7 @@ def run_job(lease: Lease, base: BaseModel, root: Path, *, report: Report, should
         standing_feedback=standing,
         items=_item_reports(job, result),
         training_seconds=seconds,
+        canary=record(base, canary, before, after),
     )
 
 
@@ -103,8 +108,8 @@ def _fresh_lora(lease: Lease, base: BaseModel) -> LoraSpec:
 
 
 def _optimizer(policy: LoraPolicy, job: _Prepared) -> AdamW:
-    """Moments come from the parent, every hyperparameter from the lease."""
-    if job.parent is None:
+    """Moments come from the parent, every hyperparameter from the lease. An uploaded parent has no moments."""
+    if job.parent is None or not (job.parent / "trainer").is_dir():
         return make_optimizer(policy, job.options)
     return load_optimizer(policy, job.options, job.parent / "trainer")
 

@@ -13,7 +13,7 @@ from typing import Annotated, BinaryIO, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from api_schemas.jobs import StepMetrics
-from api_schemas.worker import FileEntry, ItemReport, Lease
+from api_schemas.worker import Canary, FileEntry, ItemReport, Lease
 
 _LENGTH = struct.Struct(">I")
 MAX_FRAME_BYTES = 1 << 30
@@ -69,6 +69,7 @@ class Done(_Message):
     standing_feedback: list[str]
     items: list[ItemReport]
     training_seconds: float
+    canary: Canary | None = None
 
 
 class Failed(_Message):

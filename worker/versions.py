@@ -33,12 +33,13 @@ def version_digest(files: Iterable[FileEntry]) -> str:
 def scan(version: Path) -> list[FileEntry]:
     """Every file of a version directory with size and SHA-256, sorted by name.
 
-    Raises OSError when a part is missing, and ValueError for anything that is not a plain file of `adapter/` or
-    `trainer/` (a link could point at what is not part of the version).
+    An uploaded version has no `trainer/`. Raises OSError when `adapter/` is missing, and ValueError for anything that
+    is not a plain file of `adapter/` or `trainer/` (a link could point at what is not part of the version).
     """
     if strange := sorted(p.name for p in version.iterdir() if p.name not in PARTS):
         raise ValueError(f"{strange[0]!r} does not belong into a version directory")
-    return sorted((_entry(path) for part in PARTS for path in (version / part).iterdir()), key=lambda f: f.name)
+    parts = [version / part for part in PARTS if part == "adapter" or (version / part).exists()]
+    return sorted((_entry(path) for part in parts for path in part.iterdir()), key=lambda f: f.name)
 
 
 def _entry(path: Path) -> FileEntry:

@@ -209,7 +209,7 @@ class Step(Base):
 
 
 class Version(Base):
-    """Immutable but for `status`, `published_at` and `rejection`."""
+    """Immutable but for `status`, `published_at`, `rejection` and the times of its files' end."""
 
     __tablename__ = "versions"
     adapter_id: Mapped[str] = mapped_column(ForeignKey("adapters.id"), primary_key=True)
@@ -231,6 +231,13 @@ class Version(Base):
     rejection: Mapped[str | None] = mapped_column(Text)
     created_at: Mapped[float]
     published_at: Mapped[float | None]
+    source: Mapped[str] = mapped_column(String(16), default="training")
+    """training | upload"""
+    canary: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    """The trainer's log-probs of the canary's tokens (wire: Canary)."""
+    files_doomed_at: Mapped[float | None]
+    """From now on nobody loads them; they are removed once no engine knows the version."""
+    files_removed_at: Mapped[float | None]
 
 
 class Application(Base):

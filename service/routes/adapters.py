@@ -110,7 +110,7 @@ def download_version(
     """A zip of the PEFT directory: `PeftModel.from_pretrained` and vLLM load it as it is."""
     with context.database.read() as s:
         row = adapters.by_name(s, tenant, adapter)
-        found = versions.get(s, row, version)
+        found = versions.with_files(versions.get(s, row, version))
     etag = f'"{found.digest}"'
     headers = {"etag": etag, "cache-control": "private, immutable, max-age=31536000"}
     if if_none_match is not None and etag in (tag.strip().removeprefix("W/") for tag in if_none_match.split(",")):
@@ -131,7 +131,7 @@ async def promote_version(
     adapter_id = await anyio.to_thread.run_sync(_check_promotion, context, tenant, adapter, request.version)
     if request.version == 0:
         return await anyio.to_thread.run_sync(_promote, context, tenant, adapter, adapter_id, 0)
-    async with context.publisher.hold(adapter_id, request.version):
+    async with context.serving.hold(adapter_id, request.version, generates=False):
         return await anyio.to_thread.run_sync(_promote, context, tenant, adapter, adapter_id, request.version)
 
 
@@ -151,8 +151,9 @@ def _promote(context: Context, tenant: str, name: str, adapter_id: str, n: int) 
         row = adapters.by_name(s, tenant, name)
         if row.id != adapter_id:
             raise Conflict("The adapter was replaced meanwhile.", code="adapter_replaced")
+        row = adapters.locked(s, row.id)
         if n:
-            versions.servable(s, row, n)  # the publisher may have rejected it meanwhile
+            versions.servable(s, row, n)  # it may have been rejected, or lost its files, meanwhile
         adapters.promote(s, row, n)
         view = adapters.view(row)
     context.work.ring()

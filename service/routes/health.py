@@ -47,6 +47,9 @@ def _database_and_worker(context: Context) -> tuple[Part, Part]:
 
 
 async def _engine(context: Context) -> Part:
+    """A replica that generates, holds every live version, and answers at this moment."""
+    if not await context.serving.ready():
+        return "missing"
     try:
         known = await context.engine.models()
     except PerennialError:

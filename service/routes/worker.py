@@ -42,8 +42,9 @@ async def lease(request: wire.LeaseRequest, http: Request, context: Ctx, _key: W
 
 
 def _claim(context: Context, request: wire.LeaseRequest) -> wire.Lease | None:
+    settings = context.settings
     with context.database.write() as s:
-        return leases.claim(s, request, context.settings.lease_seconds)
+        return leases.claim(s, request, settings.lease_seconds, settings.canary_prompt if settings.canary else None)
 
 
 @router.post("/runs/{run_id}/heartbeat")

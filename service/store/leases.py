@@ -34,7 +34,9 @@ def seen(s: Session, worker_id: str, base_model: str) -> None:
         row.base_model, row.last_seen_at = base_model, now
 
 
-def claim(s: Session, request: wire.LeaseRequest, lease_seconds: float) -> wire.Lease | None:
+def claim(
+    s: Session, request: wire.LeaseRequest, lease_seconds: float, canary_prompt: str | None = None
+) -> wire.Lease | None:
     """The oldest open job of an adapter that nobody holds, under a new fencing token; None when there is none."""
     seen(s, request.worker_id, request.base_model)
     now = clock(s)
@@ -54,7 +56,8 @@ def claim(s: Session, request: wire.LeaseRequest, lease_seconds: float) -> wire.
     run = _open_run(s, adapter, request.worker_id, now, lease_seconds)
     job.state, job.run_id, job.started_at = "running", run.id, now
     s.flush()
-    return _lease(s, adapter, run, [job], lease_seconds)
+    lease = _lease(s, adapter, run, [job], lease_seconds)
+    return lease.model_copy(update={"canary_prompt": canary_prompt})
 
 
 def _first_open(base_model: str, now: float) -> Select[Adapter, Job]:
@@ -211,6 +214,7 @@ def commit(s: Session, run_id: str, request: wire.CommitRequest, *, digest: str,
         items=[i.model_dump() for i in request.items],
         standing=list(request.standing_feedback),
         training_seconds=request.training_seconds,
+        canary=request.canary.model_dump() if request.canary else None,
         created_at=now,
     )
     s.add(version)

@@ -9,7 +9,7 @@ import api_schemas.adapters as wire
 from api_schemas.jobs import StepMetrics
 from service.db.engine import clock
 from service.db.tables import Adapter, Application, Item, Job, Version
-from service.errors import NotFound, Unprocessable
+from service.errors import Gone, NotFound, Unprocessable
 from service.store.adapters import locked, move_head
 
 
@@ -25,6 +25,13 @@ def servable(s: Session, adapter: Adapter, n: int) -> Version:
     version = get(s, adapter, n)
     if version.status == "rejected":
         raise Unprocessable(f"Version {n} was rejected: {version.rejection}", code="version_rejected", param="version")
+    return with_files(version)
+
+
+def with_files(version: Version) -> Version:
+    """Raises Gone when retention has taken its files."""
+    if version.files_doomed_at is not None:
+        raise Gone(f"The files of version {version.n} were removed: old versions are not kept here.", param="version")
     return version
 
 
@@ -35,8 +42,8 @@ def listing(s: Session, adapter: Adapter, after: int | None, limit: int) -> tupl
     return rows[:limit], len(rows) > limit
 
 
-def reject(s: Session, adapter_id: str, n: int, reason: str) -> None:
-    """The engine refuses the head for good: its jobs are reported failed, the head goes back to what it came from.
+def reject(s: Session, adapter_id: str, n: int, reason: str, code: str = "version_rejected") -> None:
+    """No engine will have the head: its jobs are reported failed (`code`), the head goes back to what it came from.
 
     Changes nothing when the head has moved on, or when the version was served meanwhile.
     """
@@ -49,7 +56,7 @@ def reject(s: Session, adapter_id: str, n: int, reason: str) -> None:
     s.execute(
         update(Job)
         .where(Job.id.in_(applied))
-        .values(state="failed", error={"code": "version_rejected", "message": reason}, finished_at=clock(s))
+        .values(state="failed", error={"code": code, "message": reason}, finished_at=clock(s))
     )
     # Not to what is live: between the two there may be versions that are only not served yet.
     move_head(s, adapter, version.parent_n)
@@ -71,6 +78,8 @@ def view(s: Session, adapter: Adapter, version: Version) -> wire.Version:
         adapter=adapter.name,
         version=version.n,
         parent=version.parent_n,
+        source=version.source,
+        files="kept" if version.files_doomed_at is None else "removed",
         status="rejected" if version.status == "rejected" else "published" if version.published_at else "pending",
         live=adapter.live_n == version.n,
         digest=version.digest,

@@ -52,6 +52,12 @@ class FakeEngine(httpx2.AsyncBaseTransport):
         """Loads wait for this; `load_begun` says that one does."""
         self.load_begun = threading.Event()
         self.stuck_unloads = False
+        self.probes: list[str] = []
+        """Names that a token or log-probs of a prompt were asked of; not among the events."""
+        self.dead = False
+        """/health says 200 and nothing generates."""
+        self.scores: dict[str, list[float]] = {}
+        """Served name -> log-probs of a prompt's tokens after the first; others get -0.5 for each."""
 
     def forget(self) -> None:
         """A restart: what was loaded at run time is gone."""
@@ -67,6 +73,8 @@ class FakeEngine(httpx2.AsyncBaseTransport):
         if path == "/v1/chat/completions":
             self.headers.append(dict(request.headers))
             return self._chat(body)
+        if path == "/v1/completions":
+            return self._complete(body)
         if path == "/v1/unload_lora_adapter":
             return self._unload(body["lora_name"])
         if path == "/tokenize":
@@ -135,6 +143,21 @@ class FakeEngine(httpx2.AsyncBaseTransport):
         choice = self._choice(body, words, 0) | {"message": {"role": "assistant", "content": "".join(words)}}
         answer = {"id": "chatcmpl-engine", "model": model, "choices": [choice], "usage": _usage(prompt, words)}
         return httpx2.Response(200, json=answer | self._prompt(body, prompt))
+
+    def _complete(self, body: Json) -> httpx2.Response:
+        """One token for a probe; log-probs of the prompt's own tokens for a canary."""
+        model, prompt = body["model"], body["prompt"]
+        if self.dead:
+            return _error(500, "EngineDeadError")
+        if model != self.base and self.adapters.get(model) is None:
+            return _error(404, f"The model `{model}` does not exist.")
+        self.probes.append(model)
+        choice: Json = {"index": 0, "text": "b", "finish_reason": "length"}
+        if body.get("prompt_logprobs") is not None:
+            values = self.scores.get(model, [-0.5] * (len(prompt) - 1))
+            rows = [{str(t): {"logprob": v, "rank": 1}} for t, v in zip(prompt[1:], values, strict=True)]
+            choice["prompt_logprobs"] = [None, *rows]
+        return httpx2.Response(200, json={"id": "cmpl-engine", "model": model, "choices": [choice]})
 
     def _prompt(self, body: Json, prompt: list[int]) -> Json:
         return {"prompt_token_ids": prompt} if self.token_ids and body.get("return_token_ids") else {}

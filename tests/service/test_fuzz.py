@@ -37,6 +37,7 @@ VALID: dict[str, Json] = {
     "/v1/feedback": batch("x") | {"training": {"steps": 2}},
     "/v1/adapters": {"name": "fuzzed", "lora": {"rank": 2}, "training": {"alpha": 0.5}},
     "/v1/adapters/{adapter}/promote": {"version": 1},
+    "/v1/adapters/{adapter}/upload/commit": {"config_sha256": "0" * 64, "weights_sha256": "1" * 64},
     "/v1/jobs/{job}/cancel": {},
     "/worker/v1/leases": {"worker_id": "w", "base_model": "tiny/base", "wait_seconds": 0},
     "/worker/v1/runs/{run_id}/heartbeat": {"token": 1, "progress": {"phase": "x"}, "metrics": [{"step": 1, "loss": 1}]},

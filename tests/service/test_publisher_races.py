@@ -35,13 +35,13 @@ def slow_load(stack: Stack) -> Iterator[None]:
 def test_a_request_in_flight_keeps_its_version_loaded(helper: Stack) -> None:
     helper.learn("one")
     adapter = helper.alice.adapter()["id"]
-    with portal(helper).wrap_async_context_manager(helper.context.publisher.hold(adapter, 1)) as held:
+    with portal(helper).wrap_async_context_manager(helper.context.serving.hold(adapter, 1)) as held:
         helper.learn("two")
         helper.converge()
         assert helper.alice.adapter()["live_version"] == 2
-        assert held in helper.engine.adapters
+        assert held.name in helper.engine.adapters
     helper.converge()
-    assert held not in helper.engine.adapters
+    assert held.name not in helper.engine.adapters
 
 
 def test_eight_requests_for_a_version_load_it_once(helper: Stack) -> None:
@@ -80,7 +80,7 @@ def test_an_adapter_deleted_while_it_is_loaded_keeps_its_files_until_then(helper
             promotion = pool.submit(helper.alice.post, "/v1/adapters/helper/promote", {"version": 1})
             assert helper.engine.load_begun.wait(10)
             helper.alice.ok("DELETE", "/v1/adapters/helper")
-            portal(helper).call(helper.context.publisher._purge_deleted)
+            portal(helper).call(helper.context.publisher._tidy)
             assert (helper.root / adapter).is_dir()
         error_of(promotion.result(10), 404, "adapter_not_found")
     helper.converge()
@@ -91,8 +91,8 @@ def test_an_adapter_deleted_while_it_is_loaded_keeps_its_files_until_then(helper
 def test_nothing_is_kept_of_versions_that_are_gone(helper: Stack) -> None:
     for remark in ("one", "two", "three"):
         helper.learn(remark)
-    publisher = helper.context.publisher
-    for kept in (publisher._loaded, publisher._loading, publisher._last_used):
+    (replica,) = helper.context.serving.replicas
+    for kept in (replica.loaded, replica._locks, replica._last_used):
         assert set(kept) == {helper.served(3)}
 
 

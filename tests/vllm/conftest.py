@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ from demo.client import Client
 from demo.run import BASE_MODEL, MODEL_DIR
 from service.local import LocalConfig, LocalStack
 from tests.e2e.conftest import Running
-from tests.vllm.server import VllmConfig, VllmServer
+from tests.vllm.server import VllmConfig, VllmServer, wait_engine
+from tests.vllm.tenant import Tenant
 
 MakeServer = Callable[..., VllmServer]
+Served = tuple[LocalStack, Tenant]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -45,7 +48,12 @@ def vllm(make_vllm: MakeServer) -> Iterator[VllmServer]:
 
 def stack_before(server: VllmServer, data_dir: Path, **settings: str) -> LocalStack:
     """Service and worker in front of this server, not started yet: `start("service", "worker")`."""
-    environment = {"PERENNIAL_ENGINE_URL": server.url, "PERENNIAL_DRAIN_SECONDS": "0.5", **settings}
+    environment = {
+        "PERENNIAL_ENGINE_URL": server.url,
+        "PERENNIAL_DRAIN_SECONDS": "0.5",
+        "PERENNIAL_RECONCILE_SECONDS": "0.5",
+        **settings,
+    }
     return LocalStack(LocalConfig(data_dir, MODEL_DIR, BASE_MODEL, port=0, threads=1, settings=environment))
 
 
@@ -60,3 +68,20 @@ def vllm_running(vllm: VllmServer, tmp_path_factory: pytest.TempPathFactory) -> 
             yield Running(stack, client)
     finally:
         stack.stop()
+
+
+@pytest.fixture
+def serve(vllm: VllmServer, tmp_path: Path) -> Iterator[Callable[..., Served]]:
+    """The service in front of the shared engine, with settings by name."""
+    with ExitStack() as stack:
+
+        def start(*parts: str, **settings: str) -> Served:
+            local = stack_before(vllm, tmp_path / "data", **{k.upper(): v for k, v in settings.items()})
+            stack.callback(local.stop)
+            local.start("service", *parts)
+            wait_engine(local)
+            tenant = Tenant(local.url, local.api_key)
+            stack.callback(tenant.close)
+            return local, tenant
+
+        yield start

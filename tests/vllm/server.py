@@ -15,7 +15,7 @@ from typing import Self
 
 import httpx2
 
-from service.local import free_port
+from service.local import LocalStack, free_port
 
 ROOT = Path(__file__).parent.parent.parent
 PYTHON_VARIABLE = "PERENNIAL_VLLM_PYTHON"
@@ -44,7 +44,9 @@ class VllmConfig:
     log: Path
     """Appended to by every start."""
     max_loras: int = 4
-    """Distinct adapters in one batch; at the same time the size of the LRU in memory."""
+    """Distinct adapters in one batch."""
+    max_cpu_loras: int = 16
+    """Size of the LRU in memory."""
     max_lora_rank: int = 16
     max_model_len: int = 1024
     kv_cache_gib: int = 1
@@ -68,7 +70,8 @@ class VllmServer:
             str(vllm_python()), "-m", "vllm.entrypoints.openai.api_server", "--model", str(c.model),
             "--served-model-name", c.served_name, "--host", "127.0.0.1", "--port", str(self.port),
             "--dtype", "float32", "--enforce-eager", "--max-model-len", str(c.max_model_len), "--enable-lora",
-            "--max-loras", str(c.max_loras), "--max-lora-rank", str(c.max_lora_rank), "--api-server-count", "1",
+            "--max-loras", str(c.max_loras), "--max-cpu-loras", str(c.max_cpu_loras), "--enable-prefix-caching",
+            "--max-lora-rank", str(c.max_lora_rank), "--api-server-count", "1",
             *c.flags,
         ]  # fmt: skip
 
@@ -130,7 +133,16 @@ class VllmServer:
 
     def resident_bytes(self) -> int:
         """Resident memory of all its processes; pages that they share count once per process."""
-        return sum(_resident(pid) for pid in self.pids())
+        return sum(resident(pid) for pid in self.pids())
+
+    def models(self) -> dict[str, str]:
+        """Served name -> directory."""
+        return {m["id"]: m["root"] for m in httpx2.get(f"{self.url}/v1/models", timeout=10.0).json()["data"]}
+
+    def metric(self, name: str) -> float:
+        """Sum of a counter over its labels."""
+        lines = httpx2.get(f"{self.url}/metrics", timeout=10.0).text.splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{name}{{"))
 
     def tail(self, lines: int = 30) -> str:
         return "\n".join(self.config.log.read_text(errors="replace").splitlines()[-lines:])
@@ -166,9 +178,22 @@ def _group(leader: int) -> list[int]:
     return found
 
 
-def _resident(pid: int) -> int:
+def resident(pid: int) -> int:
+    """Resident bytes of one process; 0 when it is gone."""
     try:
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     except OSError:
         return 0
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def wait_engine(stack: LocalStack, timeout: float = 60.0) -> None:
+    """Until the service says that it has its engine."""
+    until = time.monotonic() + timeout
+    while time.monotonic() < until:
+        assert stack.alive("service"), stack.tail("service")
+        with contextlib.suppress(httpx2.TransportError):
+            if httpx2.get(f"{stack.url}/readyz", timeout=5.0).json()["parts"]["engine"] == "ok":
+                return
+        time.sleep(0.1)
+    raise TimeoutError(stack.tail("service"))

@@ -13,8 +13,8 @@ from starlette.exceptions import HTTPException
 from worker.engine.engine import Engine
 from worker.engine.errors import BadRequestError, EngineError
 from worker.engine.generation import Failure, Generation, Step
-from worker.engine.responses import DONE, Answer, error_body, sse
-from worker.engine.schema import ChatRequest, LoadRequest, TokenizeRequest, UnloadRequest
+from worker.engine.responses import DONE, Answer, completion, error_body, sse
+from worker.engine.schema import ChatRequest, CompletionRequest, LoadRequest, TokenizeRequest, UnloadRequest
 
 _CLIENT_GONE = 499
 
@@ -71,6 +71,15 @@ def create_app(engine: Engine) -> FastAPI:
             )
         steps = await _unless_gone(request, generation, stream)
         return Response(status_code=_CLIENT_GONE) if steps is None else JSONResponse(answer.completion(steps))
+
+    @app.post("/v1/completions")
+    async def complete(body: CompletionRequest, request: Request) -> Response:
+        stream = TokenStream()
+        generation, ids = engine.complete(body, stream.put)
+        steps = await _unless_gone(request, generation, stream)
+        if steps is None:
+            return Response(status_code=_CLIENT_GONE)
+        return JSONResponse(completion(body.model, ids, steps, scored=body.prompt_logprobs is not None))
 
     return app
 

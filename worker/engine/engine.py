@@ -16,7 +16,7 @@ from worker.engine.lora import LoraWeights
 from worker.engine.registry import AdapterRegistry
 from worker.engine.runner import ModelRunner, load_runner
 from worker.engine.sampling import Sampling
-from worker.engine.schema import ChatRequest, TokenizeRequest
+from worker.engine.schema import ChatRequest, CompletionRequest, TokenizeRequest
 from worker.engine.tokenizer import ChatTokenizer, generation_defaults
 
 
@@ -114,6 +114,35 @@ class Engine:
         )
         self.loop.submit(generation)
         return generation
+
+    def complete(self, request: CompletionRequest, sink: Sink) -> tuple[Generation, list[int]]:
+        """Start a completion; returns it and the prompt's ids. With `prompt_logprobs` the answer begins with the steps
+        of the prompt's own tokens after the first. Raises as `submit`."""
+        weights = self._weights_of(request.model)
+        ids = (
+            self.tokenizer.text_ids(request.prompt, special=True) if isinstance(request.prompt, str) else request.prompt
+        )
+        if not ids or not all(0 <= i < self._runner.vocabulary for i in ids):
+            raise BadRequestError("The prompt is empty or holds ids that are no tokens of this model.", param="prompt")
+        if len(ids) + request.max_tokens > self.max_model_len:
+            raise BadRequestError(
+                f"This model's maximum context length is {self.max_model_len} tokens: shorten the prompt.",
+                param="prompt",
+            )
+        start = 1 if request.prompt_logprobs is not None else len(ids)
+        forced = ids[start:]
+        generation = Generation(
+            ids[:start],
+            weights=weights,
+            sampling=Sampling(temperature=request.temperature),
+            limits=Limits(max_tokens=len(forced) + request.max_tokens),
+            top_count=0,
+            decode=self.tokenizer.decode,
+            sink=sink,
+            forced=forced,
+        )
+        self.loop.submit(generation)
+        return generation, ids
 
     def _weights_of(self, model: str) -> LoraWeights | None:
         if model == self.name:

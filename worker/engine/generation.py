@@ -57,6 +57,7 @@ class Generation:
     """The state of one request. The decoding loop alone calls `accept`; any thread may set `aborted`.
 
     `weights` are the adapter's weights as they were when the request came in; the generation keeps them to its end.
+    The first tokens of the answer are `forced`, which is how a given text is scored.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Generation:
         top_count: int,
         decode: Decoder,
         sink: Sink,
+        forced: Sequence[int] = (),
     ) -> None:
         self.prompt_ids = tuple(prompt_ids)
         self.weights = weights
@@ -77,6 +79,7 @@ class Generation:
         self.top_count = top_count
         self.generator: torch.Generator | None = None
         self.aborted = False
+        self._forced = tuple(forced)
         self._token_ids: list[int] = []
         self._text = StoppingText(decode, limits.stop)
         self._sink = sink
@@ -88,6 +91,12 @@ class Generation:
     @property
     def last_token(self) -> int:
         return self._token_ids[-1]
+
+    @property
+    def forced_next(self) -> int | None:
+        """The token that must come next whatever the model would draw."""
+        at = len(self._token_ids)
+        return self._forced[at] if at < len(self._forced) else None
 
     @property
     def length(self) -> int:

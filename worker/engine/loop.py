@@ -143,6 +143,7 @@ class DecodeLoop:
             [generation.sampling for generation in generations],
             [generation.generator for generation in generations],
             [generation.top_count for generation in generations],
+            [generation.forced_next for generation in generations],
         )
         self.generated_tokens += len(rows)
         over = [generation.accept(drawn) for generation, drawn in zip(generations, draws, strict=True)]

@@ -26,6 +26,28 @@ def sse(body: dict[str, Any]) -> str:
     return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
+def completion(model: str, ids: Sequence[int], steps: Sequence[Step], *, scored: bool) -> dict[str, Any]:
+    """The whole answer of /v1/completions. `scored`: the first steps are the prompt's own tokens after the first."""
+    prompt, answer = (steps[: len(ids) - 1], steps[len(ids) - 1 :]) if scored else ((), steps)
+    choice: dict[str, Any] = {
+        "index": 0,
+        "text": "".join(step.text for step in answer),
+        "logprobs": None,
+        "finish_reason": answer[-1].finish_reason,
+        "prompt_logprobs": None,
+    }
+    if scored:
+        rows = [{str(step.token_id): {"logprob": max(step.logprob, _LOWEST_LOGPROB)}} for step in prompt]
+        choice["prompt_logprobs"] = [None, *rows]
+    usage = {
+        "prompt_tokens": len(ids),
+        "completion_tokens": len(answer),
+        "total_tokens": len(ids) + len(answer),
+    }
+    head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time()), "model": model}
+    return head | {"choices": [choice], "usage": usage}
+
+
 class Answer:
     """Formats the steps of one generation as a completion or as chunks; knows what the request wants to see."""
 

@@ -37,6 +37,9 @@ class ModelRunner:
         self._lora, self.shapes = install_lora(model)
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
+        embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+        self.vocabulary = int(embeddings.num_embeddings)
+        """Token ids are below this."""
         self.max_model_len = max_model_len
         self.cache = SlotCache(slots, max_model_len)
 

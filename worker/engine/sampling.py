@@ -59,14 +59,19 @@ def draw(
     samplings: Sequence[Sampling],
     generators: Sequence[torch.Generator | None],
     top_counts: Sequence[int],
+    forced: Sequence[int | None] = (),
 ) -> list[Draw | None]:
     """One token per row; None for a row whose logits hold a NaN or +inf, or nothing but -inf.
 
-    `top_counts[b]` is the number of most likely tokens wanted for row b.
+    `top_counts[b]` is the number of most likely tokens wanted for row b; `forced[b]`, where given, is taken instead of
+    what would be drawn.
     """
     logits_BV = logits_BV.float()
     logprobs_BV = logits_BV.log_softmax(-1)
     tokens_B = _tokens(logits_BV, samplings, generators)
+    for row, token in enumerate(forced):
+        if token is not None:
+            tokens_B[row] = token
     chosen = logprobs_BV.gather(-1, tokens_B[:, None])[:, 0].tolist()
     broken = logprobs_BV.amax(-1).isnan().tolist()
     tops = _top(logprobs_BV, top_counts)

@@ -122,6 +122,18 @@ class ChatRequest(BaseModel):
             raise BadRequestError("stream_options needs stream: true.", param="stream_options")
 
 
+class CompletionRequest(BaseModel):
+    """POST /v1/completions, as far as probes and scoring need it: one whole answer, greedy unless told otherwise."""
+
+    model: str
+    prompt: str | Annotated[list[int], Field(min_length=1)]
+    max_tokens: TokenCount = 16
+    temperature: Literal[0] = 0
+    prompt_logprobs: Literal[0] | None = None
+    """0: the log-prob of every prompt token itself; the most likely others are not computed."""
+    stream: Literal[False] = False
+
+
 class LoadRequest(BaseModel):
     """POST /v1/load_lora_adapter."""
 

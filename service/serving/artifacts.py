@@ -1,0 +1,56 @@
+"""From a version's row to a directory that an engine may load: checked byte by byte before each load."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import anyio
+
+from api_schemas.worker import Canary, FileEntry
+from service import admission
+from service.db.engine import Database
+from service.db.tables import Adapter, Version
+from service.errors import NotFound, Unavailable
+from service.serving.names import served_name
+from service.settings import Settings
+from service.store import versions
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One version as engines are told of it."""
+
+    name: str
+    path: str
+    """The PEFT directory, as the engine sees it."""
+    canary: Canary | None
+    """What the trainer measured; None for uploads and older workers."""
+
+
+class Artifacts:
+    def __init__(self, database: Database, settings: Settings) -> None:
+        self._db = database
+        self._settings = settings
+
+    async def checked(self, adapter_id: str, n: int) -> Artifact:
+        """The version, after its files were compared with what was committed.
+
+        Raises NotFound, Gone, VersionRejected, and Unavailable when the whole directory of adapters is away, which is
+        no verdict on the version.
+        """
+        version = await anyio.to_thread.run_sync(self._row, adapter_id, n)
+        root = self._settings.adapters_root
+        if not root.is_dir():
+            raise Unavailable("The adapters directory is away; try again.", code="storage_unavailable", retry_after=5)
+        files = [FileEntry.model_validate(f) for f in version.files]
+        await anyio.to_thread.run_sync(admission.check_files, root / version.uri, files)
+        path = Path(self._settings.engine_adapters_root) / version.uri / "adapter"
+        canary = Canary.model_validate(version.canary) if version.canary and self._settings.canary else None
+        return Artifact(served_name(adapter_id, n), str(path), canary)
+
+    def _row(self, adapter_id: str, n: int) -> Version:
+        with self._db.read() as s:
+            if s.get_one(Adapter, adapter_id).deleted_at is not None:  # its files may go at any moment
+                raise NotFound("The adapter was deleted.", code="adapter_not_found", param="model")
+            return versions.with_files(s.get_one(Version, (adapter_id, n)))
