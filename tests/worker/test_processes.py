@@ -92,7 +92,8 @@ def test_a_base_model_that_cannot_be_loaded_leases_nothing(service: Any, tmp_pat
 
 
 def test_a_stuck_trainer_is_replaced(service: Any, another_worker: Any, long_job: Any) -> None:
-    worker = another_worker(PERENNIAL_WORKER_STALL_SECONDS="2")
+    # Far more than a busy machine takes between two words of a healthy trainer.
+    worker = another_worker(PERENNIAL_WORKER_STALL_SECONDS="15")
     job = long_job("adp_stuck")
     service.wait_for_steps(job)
     [trainer] = worker.children()
