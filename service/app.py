@@ -12,7 +12,7 @@ from api_schemas.errors import ErrorResponse
 from service import problems
 from service.context import Context
 from service.middleware import BodyLimit, RequestIds
-from service.routes import adapters, chat, feedback, health, jobs, worker
+from service.routes import adapters, chat, feedback, health, jobs, models, worker
 
 PUBLIC_PATHS = frozenset({"/healthz", "/readyz", "/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"})
 """What answers without a key; a test holds every other route to having a guard."""
@@ -39,7 +39,7 @@ def create_app(context: Context) -> FastAPI:
         responses={"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}},
     )
     app.state.context = context
-    for router in (chat.router, feedback.router, jobs.router, adapters.router, worker.router, health.router):
+    for router in (chat.router, models.router, feedback.router, jobs.router, adapters.router, worker.router, health.router):
         app.include_router(router)
     app.add_middleware(BodyLimit, limit=context.settings.max_body_bytes)
     app.add_middleware(RequestIds)

@@ -8,6 +8,8 @@ from typing import Annotated, Self
 from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from service.logprobs_mode import Mode
+
 
 class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="PERENNIAL_", env_ignore_empty=True, frozen=True)
@@ -30,7 +32,10 @@ class Settings(BaseSettings):
     engine_url: str = "http://127.0.0.1:8701"
     engine_api_key: SecretStr | None = None
     engine_timeout: Annotated[float, Field(gt=0)] = 300.0
-    """Seconds until a generation is given up."""
+    """Seconds of silence after which a generation is given up."""
+
+    engine_logprobs_mode: Mode | None = None
+    """What the engine's log-probs mean (vLLM's `--logprobs-mode`); found out by asking it where this is not set."""
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8700

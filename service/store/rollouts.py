@@ -23,14 +23,23 @@ class Answer:
     adapter_id: str | None
     base_model: str
     version_n: int
-    messages: list[dict[str, str]]
+    messages: list[dict[str, Any]]
+    """Empty for a text completion."""
+    tools: list[dict[str, Any]] | None
     response: str
+    """The text alone; `reply` has reasoning and tool calls."""
+    reply: dict[str, Any] | None
     prompt_token_ids: list[int]
     response_token_ids: list[int]
     logprobs: list[float] | None
     logprobs_mode: str
     sampling: dict[str, Any]
     finish_reason: str | None
+
+
+def id_of(completion_id: str, choice: int) -> str:
+    """A rollout's id: the completion's own for its first choice, with the choice's number behind it for others."""
+    return f"{completion_id}-{choice}" if choice else completion_id
 
 
 def add(s: Session, answer: Answer) -> None:
