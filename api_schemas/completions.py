@@ -13,9 +13,10 @@ MAX_PROMPT_TOKENS = 1_048_576
 
 
 class CompletionRequest(Sampling):
-    prompt: Annotated[Text, StringConstraints(min_length=1)] | Annotated[
-        list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_TOKENS)
-    ]
+    prompt: (
+        Annotated[Text, StringConstraints(min_length=1)]
+        | Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_TOKENS)]
+    )
     """One prompt, as text or as token ids; several prompts are several requests."""
     max_tokens: OutputTokens = 16
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None

@@ -39,7 +39,15 @@ def create_app(context: Context) -> FastAPI:
         responses={"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}},
     )
     app.state.context = context
-    for router in (chat.router, models.router, feedback.router, jobs.router, adapters.router, worker.router, health.router):
+    for router in (
+        chat.router,
+        models.router,
+        feedback.router,
+        jobs.router,
+        adapters.router,
+        worker.router,
+        health.router,
+    ):
         app.include_router(router)
     app.add_middleware(BodyLimit, limit=context.settings.max_body_bytes)
     app.add_middleware(RequestIds)

@@ -170,10 +170,9 @@ class Capture:
         return shown
 
     def _known(self, choice: Json) -> Choice:
-        index = choice.get("index", 0)
-        if not isinstance(index, int) or not 0 <= index < len(self.choices):
+        index: int = choice.setdefault("index", 0)
+        if not 0 <= index < len(self.choices):
             raise EngineError("The engine's answer cannot be read.")
-        choice["index"] = index
         return self.choices[index]
 
     def _prompt(self, body: Json) -> Json:

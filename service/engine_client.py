@@ -7,7 +7,7 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from types import TracebackType
-from typing import Any, NoReturn, Self, get_args
+from typing import Any, NoReturn, Self, cast, get_args
 
 import httpx2
 
@@ -115,8 +115,9 @@ class EngineClient:
 
     async def _probed_mode(self, model: str) -> Mode:
         said = _body(await self._call("GET", "/version", timeout=5.0)).get("logprobs_mode")
-        if said in get_args(Mode):
-            return said  # type: ignore[no-any-return]
+        for mode in get_args(Mode):
+            if said == mode:
+                return cast(Mode, mode)
         plain, hot = [await self.generate("/v1/chat/completions", probe_payload(model, t)) for t in (1.0, 2.0)]
         try:
             return judged(top_values(plain), top_values(hot))

@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from api_schemas.errors import ErrorDetail, ErrorResponse
+from api_schemas.sampling import REFUSED
 from service.errors import BadRequest, PerennialError, Unavailable, Unprocessable
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,9 @@ def from_validation(errors: Sequence[Any]) -> PerennialError:
     where = [str(part) for part in first["loc"][1:] if not str(part).startswith(("function-", "constrained-"))]
     param = _printable(".".join(where) or str(first["loc"][0]))
     if first["type"] == "extra_forbidden":
-        return Unprocessable(f"Unknown parameter '{param}': leave it out.", code="unknown_parameter", param=param)
+        why = REFUSED.get(where[0]) if len(where) == 1 else None
+        message = f"'{param}' is not taken: {why}." if why else f"Unknown parameter '{param}': leave it out."
+        return Unprocessable(message, code="unknown_parameter", param=param)
     if first["type"] == "missing":
         return Unprocessable(f"'{param}' is required.", code="missing_parameter", param=param)
     reason = str(first["msg"]).removeprefix("Value error, ")

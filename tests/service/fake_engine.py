@@ -1,14 +1,16 @@
 """An inference engine at the HTTP port: vLLM's routes with behaviour, and faults on demand.
 
 It refuses what vLLM refuses: a taken name (400), a missing path (404), missing weights (500), an unknown model (404), a
-prompt beyond the window (400). What its log-probs mean shows only when the same is asked at two temperatures. A `cache_salt` that is not alphanumeric kills it, as CVE-2026-105756 did. Its answers
-name the model that gave them, one token per word.
+prompt beyond the window (400). What its log-probs mean shows only when the same is asked at two temperatures. A
+`cache_salt` that is not alphanumeric kills it, as CVE-2026-105756 did. Its answers name the model that gave them, one
+token per word.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import math
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -135,8 +137,7 @@ class FakeEngine(httpx2.AsyncBaseTransport):
             return _error(500, "the engine died of a salt")
         if model != self.base and model not in self.adapters:
             return _error(404, f"The model `{model}` does not exist.")
-        read = [body["prompt"]] if text else [m["content"] for m in body["messages"]]
-        prompt = [1, *(len(w) for words in read for w in words.split())]
+        prompt = self._prompt_of(body, text=text)
         if len(prompt) >= self.window:
             return _error(400, f"This model's maximum context length is {self.window} tokens.")
         self.events.append(("chat", model))
@@ -148,13 +149,20 @@ class FakeEngine(httpx2.AsyncBaseTransport):
             return httpx2.Response(200, content=self.raw_answer)
         return httpx2.Response(200, json=answer.whole())
 
+    def _prompt_of(self, body: Json, *, text: bool) -> list[int]:
+        if text and isinstance(body["prompt"], list):
+            return list(body["prompt"])
+        read = [body["prompt"]] if text else [m["content"] for m in body["messages"]]
+        return [1, *(len(w) for words in read for w in words.split())]
+
     def _probe(self, body: Json) -> httpx2.Response:
+        """Twenty tokens, each half a nat less likely than the one before it."""
         self.probes += 1
-        hot = body["temperature"] if self.logprobs_mode.startswith("processed") else 1.0
-        shift = 10.0 if self.logprobs_mode.endswith("logits") else -0.5
-        top = [{"token": str(i), "logprob": shift - i / hot} for i in range(body["top_logprobs"])]
-        entry = top[0] | {"top_logprobs": top}
-        choice = {"index": 0, "message": {"content": "0"}, "logprobs": {"content": [entry]}}
+        heat = body["temperature"] if self.logprobs_mode.startswith("processed") else 1.0
+        logits = [8.0 - i / 2 / heat for i in range(20)]
+        total = 0.0 if self.logprobs_mode.endswith("logits") else math.log(sum(map(math.exp, logits)))
+        top = [{"token": str(i), "logprob": v - total} for i, v in enumerate(logits[: body["top_logprobs"]])]
+        choice = {"index": 0, "message": {"content": "0"}, "logprobs": {"content": [top[0] | {"top_logprobs": top}]}}
         return httpx2.Response(200, json={"choices": [choice]})
 
     async def chunks(self, answer: Answer) -> AsyncIterator[bytes]:
@@ -191,11 +199,11 @@ class Answer:
         self.ids = engine.token_ids and bool(body.get("return_token_ids"))
 
     def whole(self) -> Json:
-        choices = [self._choice(range(len(self.pieces)), i) | self._said(i) for i in range(self.n)]
+        choices = [self._choice(range(len(self.pieces)), i) | self._said() for i in range(self.n)]
         answer = {"id": "chatcmpl-engine", "model": self.body["model"], "choices": choices, "usage": self.usage()}
         return answer if self.text else answer | self._prompt()
 
-    def _said(self, index: int) -> Json:
+    def _said(self) -> Json:
         joined: Json = {}
         for piece in self.pieces:
             for key, value in piece.items():

@@ -23,6 +23,9 @@ JUNK = st.recursive(
     max_leaves=6,
 )
 USER = [{"role": "user", "content": "hi"}]
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
+TALK = [*USER, {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "tool_call_id": "c", "content": "1"}]
 ERROR = {"code": "x", "message": "y"}
 COMMIT: Json = {
     "token": 1,
@@ -33,7 +36,18 @@ COMMIT: Json = {
     "training_seconds": 1.0,
 }
 VALID: dict[str, Json] = {
-    "/v1/chat/completions": {"model": "helper", "messages": USER, "temperature": 1, "stop": "x", "logprobs": True},
+    "/v1/chat/completions": {
+        "model": "helper",
+        "messages": TALK,
+        "temperature": 1,
+        "stop": "x",
+        "logprobs": True,
+        "n": 2,
+        "tools": TOOLS,
+        "logit_bias": {"1": 1},
+        "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}},
+    },
+    "/v1/completions": {"model": "helper", "prompt": [1, 2], "logprobs": 1, "stop_token_ids": [1]},
     "/v1/feedback": batch("x") | {"training": {"steps": 2}},
     "/v1/adapters": {"name": "fuzzed", "lora": {"rank": 2}, "training": {"alpha": 0.5}},
     "/v1/adapters/{adapter}/promote": {"version": 1},
