@@ -30,6 +30,9 @@ class Choice:
     logprobs: list[float | None] = field(default_factory=list)
     finish_reason: str | None = None
 
+    def ended(self) -> bool:
+        return self.finish_reason is not None
+
     @property
     def content(self) -> str:
         return "".join(self.text)
@@ -127,11 +130,11 @@ class Capture:
         shown, ends = [], False
         for choice in event["choices"]:
             known = self._known(choice)
-            if known.finish_reason is not None:
+            if known.ended():
                 continue
             known.take(choice)
             view = self._text_view(known, choice) if self._ask.kind == "text" else self._delta_view(known, choice)
-            if known.finish_reason is not None:
+            if known.ended():
                 self._open -= 1
                 ends = True
             if view is not None:
@@ -145,14 +148,14 @@ class Capture:
         delta = choice["delta"]
         known.take_message(delta)
         piece = {k: v for k in MESSAGE_FIELDS if (v := delta.get(k)) is not None}
-        if not piece and self._plain and known.finish_reason is None:
+        if not piece and self._plain and not known.ended():
             return None  # a token that a parser keeps to itself
         return {"index": choice["index"], "delta": piece} | self._details(choice)
 
     def _text_view(self, known: Choice, choice: Json) -> Json | None:
         text = choice["text"]
         known.text.append(text)
-        if not text and self._plain and known.finish_reason is None:
+        if not text and self._plain and not known.ended():
             return None
         return {"index": choice["index"], "text": text} | self._details(choice)
 

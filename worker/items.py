@@ -66,7 +66,9 @@ def _sample(item: LeasedItem, lease: Lease, base: BaseModel) -> Sample:
         response, logprobs = _response(item, lease, base.tokenizer)
         prompt = item.prompt_token_ids
         if prompt is None:
-            prompt = chat_ids(base.tokenizer, template_messages(item), tools=item.tools)
+            prompt = chat_ids(
+                base.tokenizer, template_messages(item), tools=item.tools, template_options=template_options(item)
+            )
         if len(prompt) + len(response) > base.window:
             raise _too_long(item, "prompt", len(prompt), len(response), base.window)
         teacher = _teacher(item, lease.standing_feedback, base, len(response))
