@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test test-fast lint types format clean
+.PHONY: install demo test test-fast lint types format clean check-gateway
 
 install: .venv/.installed
 
@@ -28,6 +28,10 @@ test: lint types
 
 test-fast: install
 	$(BIN)/pytest -m "not slow"
+
+# Overhead of the gateway against the engine asked directly: build/reports/gateway.json
+check-gateway: install
+	$(BIN)/python -m benchmarks.gateway
 
 format: install
 	$(BIN)/ruff format .

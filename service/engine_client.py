@@ -198,21 +198,27 @@ class EngineClient:
 
 
 async def _events(response: httpx2.Response) -> AsyncIterator[list[dict[str, Any]]]:
+    """To the very end of the body, which comes right behind [DONE]: only then is the connection used again."""
+    done = False
     try:
         async for block in data_blocks(response.aiter_raw()):
             events: list[dict[str, Any]] = []
             for data in block:
-                if data == b"[DONE]" or (event := _parsed(data)).get("error") is not None:
+                done = done or data == b"[DONE]"
+                if done:
+                    break
+                event = _parsed(data)
+                if event.get("error") is not None:
                     if events:
                         yield events
-                    if data == b"[DONE]":
-                        return
                     raise EngineError("The engine broke off this answer; try again.")
                 events.append(_with_choices(event))
-            yield events
+            if events:
+                yield events
     except ValueError as error:
         raise EngineError("The engine's answer cannot be read.") from error
-    raise EngineError("The engine's answer ended early; try again.")
+    if not done:
+        raise EngineError("The engine's answer ended early; try again.")
 
 
 def _parsed(text: str | bytes) -> dict[str, Any]:
