@@ -1,4 +1,4 @@
-"""A synthetic engine: vLLM's streaming protocol as fast as one process can write it, for measuring what stands in front.
+"""A synthetic engine: vLLM's streaming protocol as fast as one process can write it, to measure what stands before it.
 
 `python -m benchmarks.sse_engine PORT`. The request's `max_tokens` says how many chunks an answer has, its
 `seed` how many milliseconds pass between two of them (0: none).

@@ -37,6 +37,7 @@ class Ask:
     show_logprobs: bool
     show_token_ids: bool
     show_usage: bool
+    id_prefix: str
 
     @property
     def path(self) -> str:
@@ -69,6 +70,7 @@ def chat_ask(request: ChatRequest, defaults: Mapping[str, Any]) -> Ask:
         payload["reasoning_effort"] = request.reasoning_effort
     return Ask(
         kind="chat",
+        id_prefix="chatcmpl-",
         messages=messages,
         tools=tools if request.tool_choice != "none" else None,
         sampling=_sampling(request, defaults, request.output_limit) | _thinking(request),
@@ -83,6 +85,7 @@ def text_ask(request: CompletionRequest, defaults: Mapping[str, Any]) -> Ask:
     payload["logprobs"] = request.logprobs or 0
     return Ask(
         kind="text",
+        id_prefix="cmpl-",
         messages=[],
         tools=None,
         sampling=_sampling(request, defaults, request.max_tokens),

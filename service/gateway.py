@@ -192,4 +192,4 @@ def _readable() -> Iterator[None]:
 
 def new_completion_id(ask: Ask) -> str:
     """Ours, never the caller's and never the engine's."""
-    return f"{'chatcmpl' if ask.kind == 'chat' else 'cmpl'}-{secrets.token_hex(16)}"
+    return ask.id_prefix + secrets.token_hex(16)

@@ -9,7 +9,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import TooLarge
-from service.problems import error_body
+from service.problems import body_for
 
 
 class RequestIds:
@@ -45,7 +45,7 @@ class BodyLimit:
             return
         declared = Headers(scope=scope).get("content-length", "0")
         if not (declared.isascii() and declared.isdigit()) or int(declared[:20]) > self._limit:
-            await self._refuse(send)
+            await self._refuse(scope, send)
             return
         taken, refused = 0, False
 
@@ -62,13 +62,13 @@ class BodyLimit:
                 await send(message)
             elif not refused:
                 refused = True
-                await self._refuse(send)
+                await self._refuse(scope, send)
 
         await self._app(scope, counted, replaced)
 
-    async def _refuse(self, send: Send) -> None:
+    async def _refuse(self, scope: Scope, send: Send) -> None:
         error = TooLarge(f"The body is larger than {self._limit} bytes: send smaller batches.")
-        body = json.dumps(error_body(error)).encode()
+        body = json.dumps(body_for(scope["path"], error)).encode()
         headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
         await send({"type": "http.response.start", "status": 413, "headers": headers})
         await send({"type": "http.response.body", "body": body})
