@@ -5,7 +5,7 @@ BIN := .venv/bin
 # The environment of a real vLLM for the tests; one that is there already can be named by PERENNIAL_VLLM_PYTHON.
 VLLM_ENV := .venv-vllm
 
-.PHONY: install vllm-env demo test test-fast check-swap lint types format clean
+.PHONY: install vllm-env demo test test-fast check-swap check-gateway lint types format clean
 
 install: .venv/.installed
 
@@ -40,6 +40,10 @@ test-fast: install
 # Swaps under load with a real vLLM; writes build/reports/swap.json.
 check-swap: install vllm-env
 	$(BIN)/pytest tests/vllm/test_swap.py -k sixty_seconds
+
+# Overhead of the gateway against the engine asked directly: build/reports/gateway.json
+check-gateway: install
+	$(BIN)/python -m benchmarks.gateway
 
 format: install
 	$(BIN)/ruff format .

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
-from api_schemas.base import ModelName, Request, Text
+from api_schemas.base import Request, Text
+from api_schemas.sampling import MAX_TOP_LOGPROBS, OutputTokens, Sampling
+from api_schemas.tools import MAX_TOOLS, CallId, ResponseFormat, Tool, ToolCall, ToolChoice
 
 MAX_MESSAGES = 512
-MAX_OUTPUT_TOKENS = 65_536
+
+
+def _only_text(content: Any) -> Any:
+    """Say what is wrong with a part before the union's own, longer complaint."""
+    for part in content if isinstance(content, list) else ():
+        kind = part.get("type") if isinstance(part, dict) else None
+        if isinstance(kind, str) and kind != "text":
+            raise ValueError("only parts of type text are taken: no images, audio, video or files")
+    return content
 
 
 class TextPart(Request):
@@ -17,46 +27,65 @@ class TextPart(Request):
     text: Text
 
 
+Content = Annotated[Text | Annotated[list[TextPart], Field(min_length=1, max_length=64)], BeforeValidator(_only_text)]
+
+
 class ChatMessage(Request):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=64)]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content | None = None
+    """May be left out only where an assistant called tools."""
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(min_length=1, max_length=MAX_TOOLS)] | None = None
+    tool_call_id: CallId | None = None
+    reasoning: Text | None = None
+    reasoning_content: Text | None = None
+    """The older name of `reasoning`."""
+    refusal: Text | None = None
+    """Taken because clients send back what they received; not forwarded."""
 
-    def plain(self) -> dict[str, str]:
-        """Role and text alone: what the chat template sees and what is stored."""
-        text = self.content if isinstance(self.content, str) else "".join(p.text for p in self.content)
-        return {"role": self.role, "content": text}
+    @model_validator(mode="after")
+    def _fits_its_role(self) -> ChatMessage:
+        if self.role != "assistant" and (self.tool_calls or self.thoughts is not None):
+            raise ValueError("only an assistant has tool_calls and reasoning")
+        if (self.role == "tool") != (self.tool_call_id is not None):
+            raise ValueError("tool_call_id belongs to role tool, and to no other")
+        if self.content is None and not self.tool_calls:
+            raise ValueError("content is required")
+        return self
+
+    @property
+    def thoughts(self) -> str | None:
+        return self.reasoning if self.reasoning is not None else self.reasoning_content
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, list):
+            return "".join(p.text for p in self.content)
+        return self.content or ""
+
+    def plain(self) -> dict[str, Any]:
+        """What the chat template sees and what is stored: role and text, tool calls, reasoning."""
+        message: dict[str, Any] = {"role": self.role, "content": self.text}
+        if self.tool_calls:
+            message["tool_calls"] = [call.plain() for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
+        if self.thoughts is not None:
+            message["reasoning"] = self.thoughts
+        return message
 
 
-class StreamOptions(Request):
-    include_usage: bool = False
-
-
-StopString = Annotated[Text, StringConstraints(min_length=1, max_length=256)]
-
-
-class ChatRequest(Request):
-    model: ModelName
-    """An adapter's name (its live version), `name@v7` (that version), or the base model."""
+class ChatRequest(Sampling):
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
-    max_tokens: Annotated[int, Field(ge=1, le=MAX_OUTPUT_TOKENS)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_OUTPUT_TOKENS)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=100_000)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
-    stop: StopString | Annotated[list[StopString], Field(min_length=1, max_length=4)] | None = None
-    n: Literal[1] | None = None
-    stream: bool = False
-    stream_options: StreamOptions | None = None
+    max_tokens: OutputTokens | None = None
+    max_completion_tokens: OutputTokens | None = None
     logprobs: bool = False
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    return_token_ids: bool = False
-    store: bool = True
-    """False: the answer is not kept, and feedback on it is not possible."""
-    user: Annotated[str, StringConstraints(max_length=256)] | None = None
-    """Taken for compatibility; neither stored nor forwarded."""
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    tools: Annotated[list[Tool], Field(min_length=1, max_length=MAX_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high"] | None = None
 
     @model_validator(mode="after")
     def _coherent(self) -> ChatRequest:
@@ -66,6 +95,8 @@ class ChatRequest(Request):
             raise ValueError("stream_options needs stream: true")
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise ValueError("give max_tokens or max_completion_tokens, not both")
+        if self.tool_choice not in (None, "none") and not self.tools:
+            raise ValueError("tool_choice needs tools")
         return self
 
     @property

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from api_schemas.base import AdapterName, Identifier, Remark, Request, Response, Text
 from api_schemas.chat import MAX_MESSAGES, ChatMessage
+from api_schemas.sampling import MAX_CHOICES
 from api_schemas.training import TrainingSettings
 
 MAX_ITEMS = 1024
@@ -18,6 +19,8 @@ class FeedbackItem(Request):
 
     feedback: Remark
     completion_id: Identifier | None = None
+    choice: Annotated[int, Field(ge=0, lt=MAX_CHOICES)] = 0
+    """Which of the completion's choices, where it was asked for several (`n`)."""
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
     response: Text | None = None
     demonstration: Remark | None = None
@@ -31,6 +34,8 @@ class FeedbackItem(Request):
         inline = self.messages is not None or self.response is not None
         if (self.completion_id is not None) == inline:
             raise ValueError("give either completion_id, or messages and response")
+        if inline and self.choice:
+            raise ValueError("choice belongs to a completion_id")
         if inline and (self.messages is None or not self.response):
             raise ValueError("messages and a non-empty response belong together")
         if self.messages is not None and not any(m.role == "user" for m in self.messages):
@@ -52,6 +57,7 @@ class FeedbackItemView(Response):
     id: str
     completion_id: str | None = None
     """None for an answer that was given in full."""
+    choice: int = 0
     feedback: str
     demonstration: str | None = None
     standing: bool

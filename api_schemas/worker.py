@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, FiniteFloat, StringConstraints, model_validator
 
@@ -25,12 +25,19 @@ class LeasedItem(Response):
     """One answer with the remark on it. Token ids are the engine's own; None means the text never had any."""
 
     id: str
-    messages: list[dict[str, str]]
+    messages: list[dict[str, Any]]
+    """As OpenAI's chat has them, tool calls included."""
+    tools: list[dict[str, Any]] | None = None
+    """What the chat template was given besides the messages."""
     response: str
     prompt_token_ids: list[int] | None
     response_token_ids: list[int] | None
     behaviour_logprobs: list[float] | None
-    """One per response token, natural log; None: the worker computes them and says so."""
+    """One per response token, natural log, as the engine gave them; None: the worker computes them and says so."""
+    logprobs_mode: str | None = None
+    """What those values mean: `raw_logprobs` before temperature and filters, `processed_logprobs` after."""
+    sampling: dict[str, Any] = {}
+    """How the answer was drawn, defaults included."""
     version: int | None
     """The version that answered; None for text from elsewhere."""
     feedback: str
@@ -88,7 +95,10 @@ class ItemReport(Request):
     """How one feedback item was used."""
 
     id: Identifier
-    behaviour: Literal["engine", "recomputed"]
+    behaviour: Literal["engine", "recomputed", "reference"]
+    """Where the behaviour log-probs came from: the engine's own; computed under the weights the batch started from;
+    or the engine's values before temperature and filters, of a version other than the parent: not what the answer was
+    drawn with, but the nearest that is known."""
     taught: bool
     response_tokens: Annotated[int, Field(ge=0)]
 

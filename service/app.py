@@ -12,7 +12,7 @@ from api_schemas.errors import ErrorResponse
 from service import problems
 from service.context import Context
 from service.middleware import BodyLimit, RequestIds
-from service.routes import adapters, chat, feedback, health, jobs, uploads, worker
+from service.routes import adapters, chat, feedback, health, jobs, messages, models, uploads, worker
 
 PUBLIC_PATHS = frozenset({"/healthz", "/readyz", "/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"})
 """What answers without a key; a test holds every other route to having a guard."""
@@ -41,6 +41,8 @@ def create_app(context: Context) -> FastAPI:
     app.state.context = context
     for router in (
         chat.router,
+        messages.router,
+        models.router,
         feedback.router,
         jobs.router,
         adapters.router,

@@ -6,13 +6,14 @@ from collections.abc import Awaitable, Callable
 from typing import Annotated
 
 from fastapi import Depends, Request
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
 
 from service.context import Context
 from service.errors import Forbidden, Unauthenticated
 from service.store.keys import Principal
 
 _bearer = HTTPBearer(auto_error=False, description="An API key made by `perennial keys create`.")
+_header = APIKeyHeader(name="x-api-key", auto_error=False, description="The same key, as Anthropic's clients send it.")
 
 
 async def context_of(request: Request) -> Context:
@@ -24,11 +25,16 @@ async def context_of(request: Request) -> Context:
 Ctx = Annotated[Context, Depends(context_of)]
 
 
-def principal(context: Ctx, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]) -> Principal:
+def principal(
+    context: Ctx,
+    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
+    header: Annotated[str | None, Depends(_header)],
+) -> Principal:
     """The owner of the presented key."""
-    if credentials is not None:
+    key = credentials.credentials if credentials is not None else header
+    if key is not None:
         with context.database.read() as s:
-            found = context.keys.check(s, credentials.credentials)
+            found = context.keys.check(s, key)
         if found is not None:
             return found
     raise Unauthenticated("Send a valid API key: `Authorization: Bearer pk_...`.")

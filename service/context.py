@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import httpx2
 
 from service import admission
+from service.asks import sampling_defaults
 from service.bell import Bell
 from service.db.engine import Database
 from service.engine_client import EngineClient
@@ -30,6 +31,8 @@ class Context:
     """The name under which the engine serves the base."""
     base_shapes: Mapping[str, admission.Shape]
     """(out, in) of the base's weights: what adapters must fit."""
+    sampling_defaults: Mapping[str, float]
+    """The model's own sampling, for what a request leaves open."""
     work: Bell
     """Rung when a job is queued: workers that wait for one look again."""
 
@@ -49,7 +52,13 @@ def build(settings: Settings, *, transport: httpx2.AsyncBaseTransport | None = N
     key = settings.engine_api_key.get_secret_value() if settings.engine_api_key else None
     artifacts = Artifacts(database, settings)
     clients = {
-        url: EngineClient(url, api_key=key, timeout=settings.engine_timeout, transport=transport)
+        url: EngineClient(
+            url,
+            api_key=key,
+            timeout=settings.engine_timeout,
+            logprobs_mode=settings.engine_logprobs_mode,
+            transport=transport,
+        )
         for url in settings.engines
     }
     replicas = [Replica(url, client, artifacts, settings, settings.base_name) for url, client in clients.items()]
@@ -62,5 +71,6 @@ def build(settings: Settings, *, transport: httpx2.AsyncBaseTransport | None = N
         keys=KeyRing(server_secret(settings.data_dir / "server.secret")),
         base_model=settings.base_name,
         base_shapes=admission.linear_shapes(settings.model_dir),
+        sampling_defaults=sampling_defaults(settings.model_dir),
         work=Bell(),
     )

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn, Self, cast, get_args
 
 import httpx2
 
-from service.errors import EngineError, TooMany, Unavailable, Unprocessable
+from service.errors import EngineError, PerennialError, TooMany, Unavailable, Unprocessable
+from service.logprobs_mode import Mode, judged, probe_payload, top_values
+from service.sse import data_blocks
 
 CONTROL_TIMEOUT = 120.0
 """Seconds for loading an adapter; loads of large ones are slow."""
@@ -47,16 +50,19 @@ class EngineClient:
         *,
         api_key: str | None = None,
         timeout: float = 300.0,
+        logprobs_mode: Mode | None = None,
         transport: httpx2.AsyncBaseTransport | None = None,
     ) -> None:
         self._http = httpx2.AsyncClient(
             base_url=base_url,
-            headers={"authorization": f"Bearer {api_key}"} if api_key else {},
+            headers={"accept-encoding": "identity"} | ({"authorization": f"Bearer {api_key}"} if api_key else {}),
             timeout=httpx2.Timeout(timeout, connect=5.0),
             limits=httpx2.Limits(max_connections=512, max_keepalive_connections=64),
             transport=transport,
         )
-        self._logprobs_mode: str | None = None
+        self._known_mode = logprobs_mode
+        self._mode: Mode | None = None
+        self._probing = asyncio.Lock()
         self._windows: dict[str, int] = {}
 
     async def __aenter__(self) -> Self:
@@ -95,12 +101,31 @@ class EngineClient:
             return False
         return response.status_code == 200
 
-    async def logprobs_mode(self) -> str:
-        """What the engine's log-probs mean; asked once. vLLM does not say: its default is `raw_logprobs`."""
-        if self._logprobs_mode is None:
-            body = _body(await self._call("GET", "/version", timeout=5.0))
-            self._logprobs_mode = str(body.get("logprobs_mode", "raw_logprobs"))
-        return self._logprobs_mode
+    async def logprobs_mode(self, model: str) -> Mode:
+        """What this engine's log-probs mean: as set, as the engine says, or found out once per start of the engine.
+
+        `unknown` where it cannot be found out: nothing is trained on such values.
+        """
+        if (known := self._known_mode or self._mode) is not None:
+            return known
+        async with self._probing:
+            if self._mode is None:
+                try:
+                    self._mode = await self._probed_mode(model)
+                except PerennialError:
+                    return "unknown"  # asked again with the next answer
+            return self._mode
+
+    async def _probed_mode(self, model: str) -> Mode:
+        said = _body(await self._call("GET", "/version", timeout=5.0)).get("logprobs_mode")
+        for mode in get_args(Mode):
+            if said == mode:
+                return cast(Mode, mode)
+        plain, hot = [await self.generate("/v1/chat/completions", probe_payload(model, t)) for t in (1.0, 2.0)]
+        try:
+            return judged(top_values(plain), top_values(hot))
+        except (LookupError, TypeError, ValueError):
+            return "unknown"
 
     async def load(self, name: str, path: str) -> None:
         """Load an adapter directory under a never-reused name. Already loaded from there counts as done.
@@ -115,7 +140,7 @@ class EngineClient:
         if response.status_code == 400 and (await self.models()).get(name, {}).get("root") == path:
             return
         if response.status_code in (400, 500):
-            raise LoadRefused(_message(response))
+            raise LoadRefused(_detail(response, "message"))
         if response.status_code in (403, 404):
             raise Unavailable(
                 f"The engine finds no adapter at {path}: does it have the adapters directory?", code="engine_files"
@@ -160,41 +185,63 @@ class EngineClient:
         if not body.get("choices"):
             raise EngineError("The engine generated nothing.")
 
-    async def chat(self, payload: dict[str, Any]) -> dict[str, Any]:
+    async def generate(self, path: str, payload: dict[str, Any]) -> dict[str, Any]:
         """One whole answer. Raises ModelNotLoaded, Unprocessable (with the engine's reason), EngineError."""
-        return _with_choices(_body(await self._call("POST", "/v1/chat/completions", json=payload)), "message")
+        body = _with_choices(_body(await self._call("POST", path, json=payload)))
+        if not body["choices"]:
+            raise EngineError("The engine's answer has no choices.")
+        return body
 
     @asynccontextmanager
-    async def stream(self, payload: dict[str, Any]) -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
-        """The chunks of one answer as they come. Leaving the block early aborts the generation."""
+    async def stream(self, path: str, payload: dict[str, Any]) -> AsyncIterator[AsyncIterator[list[dict[str, Any]]]]:
+        """The chunks of one answer as they come, those that came together in one list.
+
+        Leaving the block early aborts the generation.
+        """
         try:
-            async with self._http.stream("POST", "/v1/chat/completions", json=payload) as response:
+            async with self._http.stream("POST", path, json=payload) as response:
                 if response.status_code != 200:
                     await response.aread()
                     _refuse(response)
                 yield _events(response)
         except httpx2.RequestError as error:
-            raise _away(error) from error
+            raise self._away(error) from error
 
     async def _call(self, method: str, path: str, **kwargs: Any) -> httpx2.Response:
         try:
             return await self._http.request(method, path, **kwargs)
         except httpx2.RequestError as error:
-            raise _away(error) from error
+            raise self._away(error) from error
+
+    def _away(self, error: httpx2.RequestError) -> Unavailable:
+        if isinstance(error, httpx2.ReadTimeout):
+            return Unavailable("The engine took too long; ask for fewer tokens.", code="engine_timeout", retry_after=5)
+        self._mode = None  # it may come back as another
+        return EngineAway("The inference engine does not answer; try again.", retry_after=2)
 
 
-async def _events(response: httpx2.Response) -> AsyncIterator[dict[str, Any]]:
-    async for line in response.aiter_lines():
-        if not line.startswith("data:"):
-            continue
-        data = line[5:].strip()
-        if data == "[DONE]":
-            return
-        event = _parsed(data)
-        if "error" in event:
-            raise EngineError("The engine broke off this answer; try again.")
-        yield _with_choices(event, "delta")
-    raise EngineError("The engine's answer ended early; try again.")
+async def _events(response: httpx2.Response) -> AsyncIterator[list[dict[str, Any]]]:
+    """To the very end of the body, which comes right behind [DONE]: only then is the connection used again."""
+    done = False
+    try:
+        async for block in data_blocks(response.aiter_raw()):
+            events: list[dict[str, Any]] = []
+            for data in block:
+                done = done or data == b"[DONE]"
+                if done:
+                    break
+                event = _parsed(data)
+                if event.get("error") is not None:
+                    if events:
+                        yield events
+                    raise EngineError("The engine broke off this answer; try again.")
+                events.append(_with_choices(event))
+            if events:
+                yield events
+    except ValueError as error:
+        raise EngineError("The engine's answer cannot be read.") from error
+    if not done:
+        raise EngineError("The engine's answer ended early; try again.")
 
 
 def _parsed(text: str | bytes) -> dict[str, Any]:
@@ -212,20 +259,12 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-def _with_choices(body: dict[str, Any], part: str) -> dict[str, Any]:
-    """`body`, if each of its choices has this part. Only a chunk may have no choice at all."""
+def _with_choices(body: dict[str, Any]) -> dict[str, Any]:
+    """`body`, if it has a list of choices; a stream's usage comes with an empty one."""
     choices = body.get("choices")
-    if not isinstance(choices, list) or not (choices or part == "delta"):
+    if not isinstance(choices, list) or not all(isinstance(c, dict) for c in choices):
         raise EngineError("The engine's answer has no choices.")
-    if not all(isinstance(c, dict) and isinstance(c.get(part), dict) for c in choices):
-        raise EngineError("The engine's answer cannot be read.")
     return body
-
-
-def _away(error: httpx2.RequestError) -> Unavailable:
-    if isinstance(error, httpx2.ReadTimeout):
-        return Unavailable("The engine took too long; ask for fewer tokens.", code="engine_timeout", retry_after=5)
-    return EngineAway("The inference engine does not answer; try again.", retry_after=2)
 
 
 def _body(response: httpx2.Response) -> dict[str, Any]:
@@ -236,12 +275,13 @@ def _body(response: httpx2.Response) -> dict[str, Any]:
 
 def _refuse(response: httpx2.Response) -> NoReturn:
     """An engine's error as one of ours. Its text passes on only where it is about the caller's own request."""
-    status, message = response.status_code, _message(response)
+    status, message = response.status_code, _detail(response, "message")
+    if status == 404 and message == "Not Found":  # the route, not the model
+        raise Unprocessable("This engine does not do this kind of request.", code="unsupported_by_engine")
     if status == 404:
         raise ModelNotLoaded("The engine does not serve this model at present; try again.", retry_after=2)
     if status in (400, 422):
-        too_long = "maximum context length" in message or "context_length" in response.text
-        raise Unprocessable(message, code="context_length_exceeded" if too_long else "invalid_request")
+        raise Unprocessable(message, code=_refusal_code(message), param=_detail(response, "param")[:128] or None)
     if status == 429:
         raise TooMany("The engine is busy; try again.", code="engine_busy", retry_after=1)
     if status == 503:
@@ -249,11 +289,20 @@ def _refuse(response: httpx2.Response) -> NoReturn:
     raise EngineError("The engine failed on this request; try again.")
 
 
-def _message(response: httpx2.Response) -> str:
+def _refusal_code(message: str) -> str:
+    if "maximum context length" in message or "context_length" in message:
+        return "context_length_exceeded"
+    return "unsupported_by_engine" if "does not support" in message else "invalid_request"
+
+
+def _detail(response: httpx2.Response, field: str) -> str:
+    """A field of the engine's error; of what is no error object, the text itself as `message`."""
     try:
         body = response.json()
     except ValueError:
-        return response.text[:500]
-    detail = body.get("error", body) if isinstance(body, dict) else body
-    message = detail.get("message", detail) if isinstance(detail, dict) else detail
-    return str(message)[:500]
+        body = response.text
+    detail = body.get("error", body.get("detail", body)) if isinstance(body, dict) else body
+    if isinstance(detail, dict):
+        found = detail.get(field)
+        return "" if found is None else str(found)[:500]
+    return str(detail)[:500] if field == "message" else ""

@@ -10,7 +10,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import TooLarge
-from service.problems import error_body
+from service.problems import body_for
 
 UPLOAD = re.compile(r"/v1/adapters/[^/]+/upload/[^/]+")
 
@@ -54,7 +54,7 @@ class BodyLimit:
         limit = self._limit_of(scope)
         declared = Headers(scope=scope).get("content-length", "0")
         if not (declared.isascii() and declared.isdigit()) or int(declared[:20]) > limit:
-            await self._refuse(send, limit)
+            await self._refuse(scope, send, limit)
             return
         taken, refused = 0, False
 
@@ -71,13 +71,13 @@ class BodyLimit:
                 await send(message)
             elif not refused:
                 refused = True
-                await self._refuse(send, limit)
+                await self._refuse(scope, send, limit)
 
         await self._app(scope, counted, replaced)
 
-    async def _refuse(self, send: Send, limit: int) -> None:
+    async def _refuse(self, scope: Scope, send: Send, limit: int) -> None:
         error = TooLarge(f"The body is larger than {limit} bytes: send smaller batches.")
-        body = json.dumps(error_body(error)).encode()
+        body = json.dumps(body_for(scope["path"], error)).encode()
         headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
         await send({"type": "http.response.start", "status": 413, "headers": headers})
         await send({"type": "http.response.body", "body": body})

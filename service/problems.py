@@ -12,11 +12,14 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from api_schemas.errors import ErrorDetail, ErrorResponse
+from api_schemas.sampling import REFUSED
+from service import anthropic
 from service.errors import BadRequest, PerennialError, Unavailable, Unprocessable
 
 log = logging.getLogger(__name__)
 
 
+ANTHROPIC_PATH = "/v1/messages"
 UNFORESEEN = "Something went wrong on our side; it has been logged."
 
 
@@ -35,15 +38,25 @@ def error_body(error: PerennialError) -> dict[str, Any]:
     return ErrorResponse(error=detail).model_dump()
 
 
-def answer(error: PerennialError, status: int | None = None, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    headers = dict(headers or {})
+def body_for(path: str, error: PerennialError) -> dict[str, Any]:
+    """The error as the clients of this route know errors."""
+    return anthropic.error_body(error) if path == ANTHROPIC_PATH else error_body(error)
+
+
+def answer(
+    request: Request, error: PerennialError, status: int | None = None, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    headers, path = dict(headers or {}), request.scope["path"]
     if error.retry_after is not None:
         headers["retry-after"] = str(error.retry_after)
     if error.status == 409:
         headers["x-should-retry"] = "false"  # OpenAI's clients repeat a 409 otherwise
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
-    return JSONResponse(error_body(error), status or error.status, headers)
+    status = status or error.status
+    if path == ANTHROPIC_PATH and status == 422:
+        status = 400  # Anthropic knows no other
+    return JSONResponse(body_for(path, error), status, headers)
 
 
 def from_validation(errors: Sequence[Any]) -> PerennialError:
@@ -54,7 +67,9 @@ def from_validation(errors: Sequence[Any]) -> PerennialError:
     where = [str(part) for part in first["loc"][1:] if not str(part).startswith(("function-", "constrained-"))]
     param = _printable(".".join(where) or str(first["loc"][0]))
     if first["type"] == "extra_forbidden":
-        return Unprocessable(f"Unknown parameter '{param}': leave it out.", code="unknown_parameter", param=param)
+        why = REFUSED.get(where[0]) if len(where) == 1 else None
+        message = f"'{param}' is not taken: {why}." if why else f"Unknown parameter '{param}': leave it out."
+        return Unprocessable(message, code="unknown_parameter", param=param)
     if first["type"] == "missing":
         return Unprocessable(f"'{param}' is required.", code="missing_parameter", param=param)
     reason = str(first["msg"]).removeprefix("Value error, ")
@@ -70,28 +85,30 @@ def install(app: FastAPI) -> None:
     """Map our tree, FastAPI's validation, Starlette's routing errors and everything unforeseen."""
 
     @app.exception_handler(PerennialError)
-    async def _ours(_: Request, error: PerennialError) -> JSONResponse:
-        return answer(error)
+    async def _ours(request: Request, error: PerennialError) -> JSONResponse:
+        return answer(request, error)
 
     @app.exception_handler(RequestValidationError)
-    async def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        return answer(from_validation(error.errors()))
+    async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        return answer(request, from_validation(error.errors()))
 
     @app.exception_handler(HTTPException)
-    async def _routing(_: Request, error: HTTPException) -> JSONResponse:
+    async def _routing(request: Request, error: HTTPException) -> JSONResponse:
         code = {404: "route_not_found", 405: "method_not_allowed", 400: "invalid_json"}.get(
             error.status_code, "http_error"
         )
-        return answer(RouteError(f"{error.detail}.".replace("..", "."), code=code), error.status_code, error.headers)
+        routed = RouteError(f"{error.detail}.".replace("..", "."), code=code)
+        return answer(request, routed, error.status_code, error.headers)
 
     @app.exception_handler(OSError)
-    async def _storage(_: Request, error: OSError) -> JSONResponse:
+    async def _storage(request: Request, error: OSError) -> JSONResponse:
         log.error("storage: %s", error)
         return answer(
-            Unavailable("Our storage fails or is full; try again later.", code="storage_unavailable", retry_after=30)
+            request,
+            Unavailable("Our storage fails or is full; try again later.", code="storage_unavailable", retry_after=30),
         )
 
     @app.exception_handler(Exception)
-    async def _unforeseen(_: Request, error: Exception) -> JSONResponse:
+    async def _unforeseen(request: Request, error: Exception) -> JSONResponse:
         log.exception("unforeseen error", exc_info=error)
-        return answer(InternalError(UNFORESEEN))
+        return answer(request, InternalError(UNFORESEEN))

@@ -9,6 +9,7 @@ from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 from sqlalchemy import make_url
 
+from service.logprobs_mode import Mode
 from service.secret_files import SecretFiles
 
 CANARY_PROMPT = "The lighthouse keeper counts 7 gulls, 3 boats and one long cloud. What does she write down tonight?"
@@ -40,7 +41,10 @@ class Settings(BaseSettings):
     """Several engines of the same base, separated by commas; `engine_url` is the form for one."""
     engine_api_key: SecretStr | None = None
     engine_timeout: Annotated[float, Field(gt=0)] = 300.0
-    """Seconds until a generation is given up."""
+    """Seconds of silence after which a generation is given up."""
+
+    engine_logprobs_mode: Mode | None = None
+    """What the engine's log-probs mean (vLLM's `--logprobs-mode`); found out by asking it where this is not set."""
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8700

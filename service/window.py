@@ -9,7 +9,7 @@ import anyio
 import api_schemas.feedback as wire
 from service.context import Context
 from service.errors import Unprocessable
-from service.store import rollouts
+from service.store import feedback, rollouts
 
 TEMPLATE_TOKENS = 64
 """Room for the fixed words around a remark."""
@@ -48,8 +48,7 @@ async def check_window(context: Context, tenant_id: str, request: wire.FeedbackR
 
 def _pieces(context: Context, tenant_id: str, request: wire.FeedbackRequest) -> list[_Pieces]:
     with context.database.read() as s:
-        ids = [i.completion_id for i in request.items if i.completion_id]
-        stored = rollouts.of_tenant(s, tenant_id, ids)
+        stored = feedback.named_answers(s, tenant_id, request)
         lengths = {r.id: len(r.prompt_token_ids) + len(r.response_token_ids) for r in stored.values()}
     return [_piece(item, lengths) for item in request.items]
 
@@ -57,5 +56,5 @@ def _pieces(context: Context, tenant_id: str, request: wire.FeedbackRequest) -> 
 def _piece(item: wire.FeedbackItem, lengths: dict[str, int]) -> _Pieces:
     texts = [item.feedback, item.demonstration or ""]
     messages = item.messages or []
-    texts += [m.plain()["content"] for m in messages] + [item.response or ""]
-    return _Pieces(lengths.get(item.completion_id or "", 0), [t for t in texts if t], len(messages))
+    texts += [m.text for m in messages] + [item.response or ""]
+    return _Pieces(lengths.get(rollouts.named_by(item) or "", 0), [t for t in texts if t], len(messages))

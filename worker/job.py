@@ -28,6 +28,7 @@ from sdpo_core.options import Options
 from sdpo_core.samples import Sample
 from sdpo_core.standing import update_standing
 from worker.base_model import BaseModel
+from worker.behaviour import behaviour_of
 from worker.canary import canary_ids, record, score
 from worker.card import write_card, write_provenance
 from worker.errors import StoppedError, TrainingFailedError
@@ -161,7 +162,10 @@ def _write(policy: LoraPolicy, optimizer: AdamW, job: _Prepared, root: Path, sta
 def _item_reports(job: _Prepared, result: BatchResult) -> list[ItemReport]:
     return [
         ItemReport(
-            id=item.id, behaviour=outcome.behaviour, taught=outcome.taught, response_tokens=len(sample.response_ids)
+            id=item.id,
+            behaviour=behaviour_of(item, job.lease),
+            taught=outcome.taught,
+            response_tokens=len(sample.response_ids),
         )
         for item, sample, outcome in zip(job.lease.items, job.samples, result.samples, strict=True)
     ]

@@ -106,7 +106,11 @@ class Rollout(Base):
     base_model: Mapped[str] = mapped_column(String(256))
     version_n: Mapped[int]
     messages: Mapped[list[Any]]
+    """Empty for a text completion."""
+    tools: Mapped[list[Any] | None] = mapped_column(JSON(none_as_null=True))
     response: Mapped[str] = mapped_column(Text)
+    reply: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    """Reasoning and tool calls, where the answer is more than text."""
     prompt_token_ids: Mapped[list[int]]
     response_token_ids: Mapped[list[int]]
     logprobs: Mapped[list[float] | None]

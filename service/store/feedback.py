@@ -52,7 +52,7 @@ def submit(
     )  # one key, one batch: also in PostgreSQL
     if idempotency_key is not None and (known := replayed(s, tenant_id, idempotency_key, digest)):
         return known, True
-    answers = rollouts.of_tenant(s, tenant_id, [i.completion_id for i in request.items if i.completion_id])
+    answers = named_answers(s, tenant_id, request)
     adapter = target_adapter(s, tenant_id, request, answers)
     if adapter.open_jobs >= max_queued:
         raise TooMany(f"{adapter.open_jobs} batches wait for '{adapter.name}': send more later.", retry_after=30)
@@ -73,6 +73,21 @@ def submit(
     return batch, False
 
 
+def named_answers(s: Session, tenant_id: str, request: wire.FeedbackRequest) -> dict[str, Rollout]:
+    """The rollouts that the items name, by id. Raises NotFound; Unprocessable for text completions, which have no
+    user turn that a teacher could be told a remark in."""
+    found = rollouts.of_tenant(s, tenant_id, [(n, i) for n, i in enumerate(map(rollouts.named_by, request.items)) if i])
+    for position, item in enumerate(request.items):
+        answer = found.get(rollouts.named_by(item) or "")
+        if answer is not None and not answer.messages:
+            raise Unprocessable(
+                "This is a text completion: feedback needs an answer of a conversation.",
+                code="not_a_conversation",
+                param=f"items.{position}.completion_id",
+            )
+    return found
+
+
 def target_adapter(
     s: Session, tenant_id: str, request: wire.FeedbackRequest, answers: Mapping[str, Rollout]
 ) -> Adapter:
@@ -90,7 +105,7 @@ def target_adapter(
             "The answers do not name one adapter: say which one learns.", code="adapter_required", param="adapter"
         )
     for position, item in enumerate(request.items):
-        answer = answers.get(item.completion_id or "")
+        answer = answers.get(rollouts.named_by(item) or "")
         if answer is not None and (
             answer.adapter_id not in (None, adapter.id) or answer.base_model != adapter.base_model
         ):
@@ -149,16 +164,7 @@ def items_of(s: Session, batch_ids: Sequence[str]) -> list[Item]:
 
 def view(s: Session, batch: Batch, *, with_items: bool) -> wire.FeedbackBatch:
     job = s.scalars(select(Job).where(Job.batch_id == batch.id)).one()
-    items = [
-        wire.FeedbackItemView(
-            id=i.id,
-            completion_id=i.rollout_id,
-            feedback=i.feedback,
-            demonstration=i.demonstration,
-            standing=i.standing,
-        )
-        for i in (items_of(s, [batch.id]) if with_items else [])
-    ]
+    items = [_item_view(i) for i in (items_of(s, [batch.id]) if with_items else [])]
     return wire.FeedbackBatch(
         id=batch.id,
         adapter=s.get_one(Adapter, batch.adapter_id).name,
@@ -171,12 +177,24 @@ def view(s: Session, batch: Batch, *, with_items: bool) -> wire.FeedbackBatch:
     )
 
 
+def _item_view(item: Item) -> wire.FeedbackItemView:
+    completion, choice = rollouts.completion_of(item.rollout_id) if item.rollout_id else (None, 0)
+    return wire.FeedbackItemView(
+        id=item.id,
+        completion_id=completion,
+        choice=choice,
+        feedback=item.feedback,
+        demonstration=item.demonstration,
+        standing=item.standing,
+    )
+
+
 def _item(batch_id: str, position: int, item: wire.FeedbackItem) -> Item:
     return Item(
         id=new_id("item"),
         batch_id=batch_id,
         position=position,
-        rollout_id=item.completion_id,
+        rollout_id=rollouts.named_by(item),
         messages=[m.plain() for m in item.messages] if item.messages is not None else None,
         response=item.response,
         feedback=item.feedback,

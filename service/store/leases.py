@@ -140,10 +140,13 @@ def _leased_item(s: Session, item: Item) -> wire.LeasedItem:
     return wire.LeasedItem(
         id=item.id,
         messages=rollout.messages if rollout else item.messages or [],
+        tools=rollout.tools if rollout else None,
         response=rollout.response if rollout else item.response or "",
         prompt_token_ids=rollout.prompt_token_ids if rollout else None,
         response_token_ids=rollout.response_token_ids if rollout else None,
         behaviour_logprobs=rollout.logprobs if rollout else None,
+        logprobs_mode=rollout.logprobs_mode if rollout else None,
+        sampling=rollout.sampling if rollout else {},
         version=rollout.version_n if rollout else None,
         feedback=item.feedback,
         demonstration=item.demonstration,

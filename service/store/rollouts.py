@@ -9,6 +9,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+import api_schemas.feedback as wire
 from service.db.engine import clock
 from service.db.tables import Rollout
 from service.errors import NotFound
@@ -23,8 +24,12 @@ class Answer:
     adapter_id: str | None
     base_model: str
     version_n: int
-    messages: list[dict[str, str]]
+    messages: list[dict[str, Any]]
+    """Empty for a text completion."""
+    tools: list[dict[str, Any]] | None
     response: str
+    """The text alone; `reply` has reasoning and tool calls."""
+    reply: dict[str, Any] | None
     prompt_token_ids: list[int]
     response_token_ids: list[int]
     logprobs: list[float] | None
@@ -33,20 +38,42 @@ class Answer:
     finish_reason: str | None
 
 
+def id_of(completion_id: str, choice: int) -> str:
+    """A rollout's id: the completion's own for its first choice, with the choice's number behind it for others."""
+    return f"{completion_id}-{choice}" if choice else completion_id
+
+
+def named_by(item: wire.FeedbackItem) -> str | None:
+    """The rollout that an item is about; None for an answer given in full."""
+    return None if item.completion_id is None else id_of(item.completion_id, item.choice)
+
+
+def completion_of(rollout_id: str) -> tuple[str, int]:
+    """The completion and the choice that `id_of` made this id from."""
+    kind, _, rest = rollout_id.partition("-")
+    name, _, choice = rest.partition("-")
+    return (f"{kind}-{name}", int(choice)) if choice.isdecimal() and choice.isascii() else (rollout_id, 0)
+
+
 def add(s: Session, answer: Answer) -> None:
     if answer.logprobs is not None and len(answer.logprobs) != len(answer.response_token_ids):
         raise ValueError("one log-prob per response token, or none at all")
     s.add(Rollout(**vars(answer), created_at=clock(s)))
 
 
-def of_tenant(s: Session, tenant_id: str, ids: Sequence[str]) -> dict[str, Rollout]:
-    """All of `ids`, by id. Raises NotFound for the first that is absent or another tenant's."""
-    rows = s.scalars(select(Rollout).where(Rollout.tenant_id == tenant_id, Rollout.id.in_(set(ids))))
+def of_tenant(s: Session, tenant_id: str, wanted: Sequence[tuple[int, str]]) -> dict[str, Rollout]:
+    """All of the wanted, by id. Raises NotFound for the first that is absent or another tenant's.
+
+    `wanted`: each with the position of its item, for the error.
+    """
+    rows = s.scalars(select(Rollout).where(Rollout.tenant_id == tenant_id, Rollout.id.in_({i for _, i in wanted})))
     found = {r.id: r for r in rows}
-    for position, wanted in enumerate(ids):
-        if wanted not in found:
+    for position, rollout_id in wanted:
+        if rollout_id not in found:
+            completion, choice = completion_of(rollout_id)
+            which = f"choice {choice} of completion '{completion}'" if choice else f"completion '{completion}'"
             raise NotFound(
-                f"No completion '{wanted}' of yours is stored.",
+                f"No {which} of yours is stored.",
                 code="completion_not_found",
                 param=f"items.{position}.completion_id",
             )

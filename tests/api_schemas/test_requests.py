@@ -85,7 +85,7 @@ def test_items_that_name_no_one_answer(item: dict[str, Any]) -> None:
         {"top_logprobs": 1},
         {"stream_options": {"include_usage": True}},
         {"max_tokens": 1, "max_completion_tokens": 1},
-        {"n": 2},
+        {"n": 17},
         {"temperature": 2.1},
         {"temperature": float("nan")},
         {"top_p": 0.0},

@@ -1,14 +1,16 @@
 """An inference engine at the HTTP port: vLLM's routes with behaviour, and faults on demand.
 
 It refuses what vLLM refuses: a taken name (400), a missing path (404), missing weights (500), an unknown model (404), a
-prompt beyond the window (400). A `cache_salt` that is not alphanumeric kills it, as CVE-2026-105756 did. Its answers
-name the model that gave them, one token per word.
+prompt beyond the window (400). What its log-probs mean shows only when the same is asked at two temperatures. A
+`cache_salt` that is not alphanumeric kills it, as CVE-2026-105756 did. Its answers name the model that gave them, one
+token per word.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import math
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -45,6 +47,14 @@ class FakeEngine(httpx2.AsyncBaseTransport):
         self.raw_answer: bytes | None = None
         """Given instead of a whole answer."""
         self.token_ids = True
+        self.logprobs_mode = "raw_logprobs"
+        """As `--logprobs-mode`."""
+        self.mode_probes = 0
+        """How often it was asked what its log-probs mean."""
+        self.deltas: list[Json] | None = None
+        """The pieces of every answer, one token each; by default words that name the model."""
+        self.texts = True
+        """False: no route for text completions, as in the embedded engine."""
         self.held: asyncio.Event | None = None
         """Streams stop after their second token until this is set; `stream_held` says that one does."""
         self.stream_held = threading.Event()
@@ -70,11 +80,11 @@ class FakeEngine(httpx2.AsyncBaseTransport):
         path = request.url.path
         if path == "/v1/load_lora_adapter":
             return await self._load(body, request)
-        if path == "/v1/chat/completions":
+        if path in ("/v1/chat/completions", "/v1/completions"):
             self.headers.append(dict(request.headers))
-            return self._chat(body)
-        if path == "/v1/completions":
-            return self._complete(body)
+            if path == "/v1/completions" and "cache_salt" not in body:
+                return self._complete(body)
+            return self._generate(body, text=path == "/v1/completions")
         if path == "/v1/unload_lora_adapter":
             return self._unload(body["lora_name"])
         if path == "/tokenize":
@@ -123,7 +133,11 @@ class FakeEngine(httpx2.AsyncBaseTransport):
         text = body["prompt"] if "prompt" in body else " ".join(m["content"] for m in body["messages"])
         return httpx2.Response(200, json={"count": len(text.split()), "max_model_len": self.window})
 
-    def _chat(self, body: Json) -> httpx2.Response:
+    def _generate(self, body: Json, *, text: bool) -> httpx2.Response:
+        if body.get("cache_salt") == "probe":
+            return self._probe(body)
+        if text and not self.texts:
+            return _error(404, "Not Found")
         self.payloads.append(body)
         model = body["model"]
         if not str(body["cache_salt"]).isalnum():
@@ -131,18 +145,17 @@ class FakeEngine(httpx2.AsyncBaseTransport):
             return _error(500, "the engine died of a salt")
         if model != self.base and model not in self.adapters:
             return _error(404, f"The model `{model}` does not exist.")
-        prompt = [1, *(len(w) for m in body["messages"] for w in m["content"].split())]
+        prompt = self._prompt_of(body, text=text)
         if len(prompt) >= self.window:
             return _error(400, f"This model's maximum context length is {self.window} tokens.")
         self.events.append(("chat", model))
-        words = ["I", " am", f" {model}"][: body.get("max_tokens", 3)]
+        pieces = self.deltas or [{"content": w} for w in ["I", " am", f" {model}"]]
+        answer = Answer(self, body, prompt, pieces[: body.get("max_tokens", 3)], text=text)
         if body.get("stream"):
-            return httpx2.Response(200, stream=_Stream(self, body, prompt, words))
+            return httpx2.Response(200, stream=_Stream(self, answer))
         if self.raw_answer is not None:
             return httpx2.Response(200, content=self.raw_answer)
-        choice = self._choice(body, words, 0) | {"message": {"role": "assistant", "content": "".join(words)}}
-        answer = {"id": "chatcmpl-engine", "model": model, "choices": [choice], "usage": _usage(prompt, words)}
-        return httpx2.Response(200, json=answer | self._prompt(body, prompt))
+        return httpx2.Response(200, json=answer.whole())
 
     def _complete(self, body: Json) -> httpx2.Response:
         """One token for a probe; log-probs of the prompt's own tokens for a canary."""
@@ -159,33 +172,36 @@ class FakeEngine(httpx2.AsyncBaseTransport):
             choice["prompt_logprobs"] = [None, *rows]
         return httpx2.Response(200, json={"id": "cmpl-engine", "model": model, "choices": [choice]})
 
-    def _prompt(self, body: Json, prompt: list[int]) -> Json:
-        return {"prompt_token_ids": prompt} if self.token_ids and body.get("return_token_ids") else {}
+    def _prompt_of(self, body: Json, *, text: bool) -> list[int]:
+        if text and isinstance(body["prompt"], list):
+            return list(body["prompt"])
+        read = [body["prompt"]] if text else [m["content"] for m in body["messages"]]
+        return [1, *(len(w) for words in read for w in words.split())]
 
-    def _choice(self, body: Json, words: list[str], at: int, *, last: bool = True) -> Json:
-        choice: Json = {"index": 0, "logprobs": None, "finish_reason": "stop" if last else None}
-        if body.get("logprobs"):
-            entries = [{"token": w, "logprob": -0.25 * (at + i + 1)} for i, w in enumerate(words)]
-            choice["logprobs"] = {"content": entries}
-        if self.token_ids and body.get("return_token_ids"):
-            choice["token_ids"] = [100 + at + i for i in range(len(words))]
-        return choice
+    def _probe(self, body: Json) -> httpx2.Response:
+        """Twenty tokens, each half a nat less likely than the one before it."""
+        self.mode_probes += 1
+        heat = body["temperature"] if self.logprobs_mode.startswith("processed") else 1.0
+        logits = [8.0 - i / 2 / heat for i in range(20)]
+        total = 0.0 if self.logprobs_mode.endswith("logits") else math.log(sum(map(math.exp, logits)))
+        top = [{"token": str(i), "logprob": v - total} for i, v in enumerate(logits[: body["top_logprobs"]])]
+        choice = {"index": 0, "message": {"content": "0"}, "logprobs": {"content": [top[0] | {"top_logprobs": top}]}}
+        return httpx2.Response(200, json={"choices": [choice]})
 
-    async def chunks(self, body: Json, prompt: list[int], words: list[str]) -> AsyncIterator[bytes]:
-        head = {"id": "chatcmpl-engine", "model": body["model"], "object": "chat.completion.chunk"}
-        role = {"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
-        yield _event(head | {"choices": [role]} | self._prompt(body, prompt))
-        for at, word in enumerate(words):
+    async def chunks(self, answer: Answer) -> AsyncIterator[bytes]:
+        for choice in answer.openings():
+            yield _event(choice)
+        for at in range(len(answer.pieces)):
             if at == self.break_after:
                 yield self._broken()
                 return
             if at == 2 and self.held is not None:
                 self.stream_held.set()
                 await self.held.wait()
-            choice = self._choice(body, [word], at, last=at == len(words) - 1) | {"delta": {"content": word}}
-            yield _event(head | {"choices": [choice]})
-        if (body.get("stream_options") or {}).get("include_usage"):
-            yield _event(head | {"choices": [], "usage": _usage(prompt, words)})
+            for index in range(answer.n):
+                yield _event(answer.chunk(at, index))
+        if (answer.body.get("stream_options") or {}).get("include_usage"):
+            yield _event(answer.head | {"choices": [], "usage": answer.usage()})
         yield b"data: [DONE]\n\n"
 
     def _broken(self) -> bytes:
@@ -195,10 +211,71 @@ class FakeEngine(httpx2.AsyncBaseTransport):
         return broken.get(self.break_by, b"") + b"data: [DONE]\n\n"
 
 
+class Answer:
+    """One answer of `n` choices; choice i's token ids are 100 i above those of the first."""
+
+    def __init__(self, engine: FakeEngine, body: Json, prompt: list[int], pieces: list[Json], *, text: bool) -> None:
+        self.engine, self.body, self.prompt, self.pieces, self.text = engine, body, prompt, pieces, text
+        self.n = int(body.get("n", 1))
+        kind = "text_completion" if text else "chat.completion.chunk"
+        self.head = {"id": "chatcmpl-engine", "model": body["model"], "object": kind}
+        self.ids = engine.token_ids and bool(body.get("return_token_ids"))
+
+    def whole(self) -> Json:
+        choices = [self._choice(range(len(self.pieces)), i) | self._said() for i in range(self.n)]
+        answer = {"id": "chatcmpl-engine", "model": self.body["model"], "choices": choices, "usage": self.usage()}
+        return answer if self.text else answer | self._prompt()
+
+    def _said(self) -> Json:
+        joined: Json = {}
+        for piece in self.pieces:
+            for key, value in piece.items():
+                joined[key] = joined[key] + value if key in joined else value
+        if self.text:
+            return {"text": joined["content"]} | self._prompt()
+        return {"message": {"role": "assistant", "content": None} | joined}
+
+    def openings(self) -> list[Json]:
+        if self.text:
+            return []
+        role: Json = {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+        return [self.head | {"choices": [role | {"index": i}]} | self._prompt() for i in range(self.n)]
+
+    def chunk(self, at: int, index: int) -> Json:
+        choice = self._choice(range(at, at + 1), index)
+        if self.text:
+            choice |= {"text": self.pieces[at].get("content", "")} | (self._prompt() if at == 0 else {})
+        else:
+            choice["delta"] = self.pieces[at]
+        return self.head | {"choices": [choice]}
+
+    def _choice(self, tokens: range, index: int) -> Json:
+        last = tokens.stop == len(self.pieces)
+        called = any("tool_calls" in piece for piece in self.pieces)
+        choice: Json = {"index": index, "logprobs": None, "finish_reason": None}
+        if last:
+            choice |= {"finish_reason": "tool_calls" if called else "stop", "stop_reason": None}
+        values = [-0.25 * (t + 1) for t in tokens]
+        if self.text and self.body.get("logprobs") is not None:
+            choice["logprobs"] = {"token_logprobs": values, "tokens": [str(t) for t in tokens]}
+        elif self.body.get("logprobs"):
+            choice["logprobs"] = {"content": [{"token": str(t), "logprob": -0.25 * (t + 1)} for t in tokens]}
+        if self.ids:
+            choice["token_ids"] = [100 * (index + 1) + t for t in tokens]
+        return choice
+
+    def _prompt(self) -> Json:
+        return {"prompt_token_ids": self.prompt} if self.ids else {}
+
+    def usage(self) -> Json:
+        prompt, made = len(self.prompt), self.n * len(self.pieces)
+        return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
+
+
 class _Stream(httpx2.AsyncByteStream):
-    def __init__(self, engine: FakeEngine, body: Json, prompt: list[int], words: list[str]) -> None:
-        self._engine, self._model, self._ended = engine, body["model"], False
-        self._chunks = engine.chunks(body, prompt, words)
+    def __init__(self, engine: FakeEngine, answer: Answer) -> None:
+        self._engine, self._model, self._ended = engine, answer.body["model"], False
+        self._chunks = engine.chunks(answer)
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         async for chunk in self._chunks:
@@ -214,14 +291,6 @@ class _Stream(httpx2.AsyncByteStream):
 
 def _event(body: Json) -> bytes:
     return f"data: {json.dumps(body)}\n\n".encode()
-
-
-def _usage(prompt: list[int], words: list[str]) -> Json:
-    return {
-        "prompt_tokens": len(prompt),
-        "completion_tokens": len(words),
-        "total_tokens": len(prompt) + len(words),
-    }
 
 
 def _error(status: int, message: str) -> httpx2.Response:

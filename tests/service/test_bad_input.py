@@ -87,7 +87,7 @@ BAD_BODIES: list[tuple[str, Any, str, str | None]] = [
     ("/v1/feedback", batch("x") | {"training": {"steps": 0}}, INVALID, "training.steps"),
     ("/v1/feedback", batch("x") | {"training": {"top_k": 1, "outside": "renormalise"}}, "invalid_training", "training"),
     ("/v1/chat/completions", CHAT | {"messages": []}, INVALID, "messages"),
-    ("/v1/chat/completions", CHAT | {"n": 2}, INVALID, "n"),
+    ("/v1/chat/completions", CHAT | {"n": 17}, INVALID, "n"),
     ("/v1/chat/completions", CHAT | {"temperature": "hot"}, INVALID, "temperature"),
     ("/v1/chat/completions", CHAT | {"max_tokens": 0}, INVALID, "max_tokens"),
     ("/v1/chat/completions", CHAT | {"top_logprobs": 2}, INVALID, "body"),

@@ -23,6 +23,9 @@ JUNK = st.recursive(
     max_leaves=6,
 )
 USER = [{"role": "user", "content": "hi"}]
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
+TALK = [*USER, {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "tool_call_id": "c", "content": "1"}]
 ERROR = {"code": "x", "message": "y"}
 COMMIT: Json = {
     "token": 1,
@@ -33,7 +36,25 @@ COMMIT: Json = {
     "training_seconds": 1.0,
 }
 VALID: dict[str, Json] = {
-    "/v1/chat/completions": {"model": "helper", "messages": USER, "temperature": 1, "stop": "x", "logprobs": True},
+    "/v1/chat/completions": {
+        "model": "helper",
+        "messages": TALK,
+        "temperature": 1,
+        "stop": "x",
+        "logprobs": True,
+        "n": 2,
+        "tools": TOOLS,
+        "logit_bias": {"1": 1},
+        "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}},
+    },
+    "/v1/completions": {"model": "helper", "prompt": [1, 2], "logprobs": 1, "stop_token_ids": [1]},
+    "/v1/messages": {
+        "model": "helper",
+        "max_tokens": 3,
+        "tools": [{"name": "f", "input_schema": {}}],
+        "system": "s",
+        "messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c", "content": "x"}]}],
+    },
     "/v1/feedback": batch("x") | {"training": {"steps": 2}},
     "/v1/adapters": {"name": "fuzzed", "lora": {"rank": 2}, "training": {"alpha": 0.5}},
     "/v1/adapters/{adapter}/promote": {"version": 1},
@@ -68,7 +89,8 @@ def check(caller: Caller, path: str, body: Any) -> None:
     answer = caller.request("POST", path, content=raw, headers={"content-type": "application/json"})
     assert answer.status_code < 500, (path, raw, answer.text)
     if answer.status_code >= 400:
-        assert answer.json()["error"].keys() == {"code", "message", "type", "param"}, answer.text
+        wanted = {"code", "message", "type"} | (set() if path == "/v1/messages" else {"param"})
+        assert answer.json()["error"].keys() == wanted, answer.text
         assert "Traceback" not in answer.text
 
 

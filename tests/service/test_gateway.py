@@ -119,7 +119,8 @@ def test_the_engine_gets_our_request_and_nothing_of_the_clients(learnt: Stack) -
     assert learnt.alice.key not in json.dumps(learnt.engine.headers)
     kept = rollout(learnt, answer["id"])
     assert kept["sampling"] == {k: v for k, v in fields.items() if k not in ("user", "max_completion_tokens")} | {
-        "max_tokens": 2
+        "max_tokens": 2,
+        "repetition_penalty": 1.0,
     }
 
 

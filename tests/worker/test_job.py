@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -162,12 +163,16 @@ def test_starting_from_the_parent_matters(run: Any, make_lease: Any, root: Path)
     assert (root / onward.uri / WEIGHTS).read_bytes() != (root / first.uri / WEIGHTS).read_bytes()
 
 
+RECORDED: dict[str, Any] = {
+    "prompt_token_ids": [40, 41, 42], "response_token_ids": [50, 51], "behaviour_logprobs": [-0.5, -6.0], "version": 0,
+    "logprobs_mode": "raw_logprobs", "sampling": {"temperature": 1.0, "top_p": 1.0},
+}  # fmt: skip
+
+
 def test_the_engine_s_ids_and_logprobs_are_used_as_they_are(
     run: Any, make_lease: Any, make_item: Any, base: BaseModel
 ) -> None:
-    recorded = make_item(
-        1, prompt_token_ids=[40, 41, 42], response_token_ids=[50, 51], behaviour_logprobs=[-0.5, -6.0], version=0
-    )
+    recorded = make_item(1, **RECORDED)
     lease = make_lease(items=0).model_copy(update={"items": [recorded, make_item(2)]})
     sample = samples_of(lease, base)[0]
     assert (sample.prompt_ids, sample.response_ids, sample.behaviour_logprobs) == ((40, 41, 42), (50, 51), (-0.5, -6.0))
@@ -175,6 +180,58 @@ def test_the_engine_s_ids_and_logprobs_are_used_as_they_are(
     done = run(lease)
     assert [i.behaviour for i in done.items] == ["engine", "recomputed"]
     assert done.items[0].response_tokens == 2
+
+
+def test_log_probs_that_are_not_the_policy_are_never_taken_for_it(
+    run: Any, make_lease: Any, make_item: Any, base: BaseModel
+) -> None:
+    """At temperature 0.6 raw values say how likely the tokens are, not how the answer was drawn."""
+    first = run(make_lease(run_id="run_1"))
+    cold = RECORDED | {"sampling": {"temperature": 0.6}}
+    items = [
+        make_item(1, **cold | {"version": 1}),
+        make_item(2, **cold),
+        make_item(3, **cold | {"logprobs_mode": "processed_logprobs"}),
+        make_item(4, **cold | {"logprobs_mode": "unknown"}),
+    ]
+    lease = make_lease(run_id="run_2", parent=parent_of(first)).model_copy(update={"items": items})
+    assert [s.behaviour_logprobs for s in samples_of(lease, base)] == [None, (-0.5, -6.0), (-0.5, -6.0), None]
+    reports = run(lease).items
+    assert [i.behaviour for i in reports] == ["recomputed", "reference", "engine", "recomputed"]
+
+
+def test_the_teacher_reads_tools_and_calls_as_the_engine_did(make_lease: Any, make_item: Any, base: BaseModel) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "add", "arguments": '{"a": [1, 2]}'}}
+    odd = {"id": "d", "type": "function", "function": {"name": "add", "arguments": "no json"}}
+    messages = [
+        {"role": "user", "content": "one and two?"},
+        {"role": "assistant", "content": "", "tool_calls": [call, odd], "reasoning": "add them"},
+        {"role": "tool", "content": "3", "tool_call_id": "c"},
+    ]
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    item = make_item(1, messages=messages, tools=tools, sampling={"reasoning_effort": "none"}, feedback="in words")
+    seen: list[dict[str, Any]] = []
+
+    class Recorder:
+        """The tokenizer, telling what its template is given."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(base.tokenizer, name)
+
+        def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any:
+            seen.append({"messages": conversation} | kwargs)
+            return base.tokenizer.apply_chat_template(conversation, **kwargs)
+
+    samples_of(make_lease().model_copy(update={"items": [item]}), replace(base, tokenizer=Recorder()))
+    told = seen[-1]
+    assert told["tools"] == tools
+    assert (told["reasoning_effort"], told["enable_thinking"]) == ("none", False)
+    assert told["messages"][0]["content"].startswith("one and two?\n\nFeedback")
+    calls = told["messages"][1]["tool_calls"]
+    assert [c["function"]["arguments"] for c in calls] == [{"a": [1, 2]}, "no json"]
+    assert told["messages"][1]["reasoning_content"] == "add them"
+    assert told["messages"][2] == messages[2]
+    assert item.messages[1]["tool_calls"][0]["function"]["arguments"] == '{"a": [1, 2]}', "the lease is not changed"
 
 
 def test_text_from_elsewhere_ends_its_turn_and_cannot_forge_control_tokens(

@@ -1,0 +1,122 @@
+"""Tools, calls of them, and the wanted format of an answer, in OpenAI's shape."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, StringConstraints, model_validator
+
+from api_schemas.base import Request, Text
+
+MAX_TOOLS = 128
+MAX_JSON_DEPTH = 32
+MAX_JSON_NODES = 4096
+"""A schema is compiled into a grammar by the engine: its size is bounded here."""
+
+
+def _bounded(value: dict[str, Any]) -> dict[str, Any]:
+    """Only what JSON in UTF-8 can hold, within the bounds."""
+    level: list[Any] = [value]
+    nodes = 0
+    for _ in range(MAX_JSON_DEPTH):
+        nodes += len(level)
+        if nodes > MAX_JSON_NODES:
+            raise ValueError(f"must have at most {MAX_JSON_NODES} values")
+        deeper: list[Any] = []
+        for node in level:
+            deeper += _inside(node)
+        level = deeper
+    if level:
+        raise ValueError(f"must be nested at most {MAX_JSON_DEPTH} levels deep")
+    return value
+
+
+def _inside(node: Any) -> list[Any]:
+    """What a node holds, keys too. Raises ValueError for a leaf that could neither be stored nor sent."""
+    if isinstance(node, dict):
+        return [*node.keys(), *node.values()]
+    if isinstance(node, list):
+        return node
+    if isinstance(node, str) and ("\x00" in node or not _encodable(node)):
+        raise ValueError("must not contain NUL characters or lone surrogates")
+    if isinstance(node, float) and not math.isfinite(node):
+        raise ValueError("must not contain NaN or infinite numbers")
+    return []
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+JsonObject = Annotated[dict[str, Any], AfterValidator(_bounded)]
+ToolName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
+CallId = Annotated[Text, StringConstraints(min_length=1, max_length=128)]
+
+
+class Function(Request):
+    name: ToolName
+    description: Text | None = None
+    parameters: JsonObject | None = None
+    strict: bool | None = None
+
+
+class Tool(Request):
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(Request):
+    name: ToolName
+
+
+class NamedTool(Request):
+    type: Literal["function"]
+    function: FunctionName
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedTool
+
+
+class CalledFunction(Request):
+    name: ToolName
+    arguments: Text
+    """JSON, as the model wrote it."""
+
+
+class ToolCall(Request):
+    """A call that the model made in an earlier turn."""
+
+    id: CallId
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: int | None = None
+    """Sent back by clients that put a stream together; not forwarded."""
+
+    def plain(self) -> dict[str, Any]:
+        return self.model_dump(exclude={"index"})
+
+
+class JsonSchema(Request):
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    description: Text | None = None
+    schema_: Annotated[JsonObject | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Request):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _schema_where_it_belongs(self) -> ResponseFormat:
+        if (self.json_schema is not None) != (self.type == "json_schema"):
+            raise ValueError("json_schema belongs to type json_schema, and to no other")
+        return self
+
+    def plain(self) -> dict[str, Any]:
+        return self.model_dump(by_alias=True, exclude_none=True)
