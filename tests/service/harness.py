@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-from service.publisher import served_name
 from sqlalchemy import text
 from starlette.testclient import TestClient
 
 from api_schemas.worker import FileEntry, Lease
 from service.context import Context
 from service.db.engine import clock
+from service.serving.names import served_name
 from tests.service import peft_files
 from tests.service.fake_engine import FakeEngine
 
