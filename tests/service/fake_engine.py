@@ -56,7 +56,7 @@ class FakeEngine(httpx2.AsyncBaseTransport):
         self.texts = True
         """False: no route for text completions, as in the embedded engine."""
         self.held: asyncio.Event | None = None
-        """Streams stop after their second token until this is set; `stream_held` says that one does."""
+        """Answers stop after their second token until this is set; `stream_held` says that one does."""
         self.stream_held = threading.Event()
         self.held_load: asyncio.Event | None = None
         """Loads wait for this; `load_begun` says that one does."""
@@ -84,7 +84,10 @@ class FakeEngine(httpx2.AsyncBaseTransport):
             self.headers.append(dict(request.headers))
             if path == "/v1/completions" and "cache_salt" not in body:
                 return self._complete(body)
-            return self._generate(body, text=path == "/v1/completions")
+            answer = self._generate(body, text=path == "/v1/completions")
+            if self.held is not None and not body.get("stream"):
+                await self._hold(body["model"])
+            return answer
         if path == "/v1/unload_lora_adapter":
             return self._unload(body["lora_name"])
         if path == "/tokenize":
@@ -95,6 +98,14 @@ class FakeEngine(httpx2.AsyncBaseTransport):
             return httpx2.Response(503 if self.sick else 200)
         assert path == "/version", path
         return httpx2.Response(200, json={"version": "0.32.0"})
+
+    async def _hold(self, model: str) -> None:
+        self.stream_held.set()
+        try:
+            await self.held.wait()  # type: ignore[union-attr]
+        except asyncio.CancelledError:
+            self.events.append(("aborted", model))
+            raise
 
     def _models(self) -> list[Json]:
         base = {"id": self.base, "root": self.base, "parent": None, "max_model_len": self.window}

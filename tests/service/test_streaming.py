@@ -184,3 +184,19 @@ async def test_a_client_that_reads_no_more_and_hangs_up_is_let_go_at_once(
             await asyncio.sleep(0)
         await connection.hang_up()
         assert engine.events == [("chat", "tiny/base"), ("aborted", "tiny/base")]
+
+
+@pytest.mark.anyio
+async def test_a_client_that_hangs_up_before_anything_came_ends_the_generation(
+    make_context: Callable[..., tuple[Context, FakeEngine]],
+) -> None:
+    """A whole answer, which nobody is there to receive any more."""
+    context, engine = make_context()
+    engine.held = asyncio.Event()
+    async with running(context) as (app, key):
+        connection = Connection(app, key, CHAT, BASE_BODY | {"stream": False})
+        while not engine.stream_held.is_set():
+            await asyncio.sleep(0.001)
+        await connection.hang_up()
+        assert engine.events == [("chat", "tiny/base"), ("aborted", "tiny/base")]
+        assert kept(context) == 0

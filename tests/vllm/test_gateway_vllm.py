@@ -131,7 +131,7 @@ class Front:
 
     def metric(self, name: str) -> float:
         found = re.findall(rf"^{re.escape(name)} (\S+)$", self.direct.get("/metrics").text, re.MULTILINE)
-        return sum(map(float, found))
+        return float(found[0])
 
     def close(self) -> None:
         for each in (self.direct, self.gateway, self._database):
@@ -226,8 +226,8 @@ def test_text_completions_are_captured_alike(front: Front, name: str) -> None:
         assert "".join(c["text"] for c in shown) == choice["text"] == row["response"]
 
 
-def plain(chunk: Any) -> Json:
-    """A chunk without what differs from request to request."""
+def plain(chunk: Any, values: list[float]) -> Json:
+    """A chunk without what differs from request to request; its log-probs go to `values`."""
     made: Json = chunk.model_dump(exclude={"id", "created", "model", "system_fingerprint", "perennial"})
     for choice in made["choices"]:
         for part in ("token_ids", "stop_reason"):
@@ -235,8 +235,7 @@ def plain(chunk: Any) -> Json:
         for call in (choice.get("delta") or choice.get("message") or {}).get("tool_calls") or ():
             call["id"] = bool(call.get("id"))
         for entry in (choice.get("logprobs") or {}).get("content") or ():
-            for token in (entry, *entry["top_logprobs"]):
-                token["logprob"] = round(token["logprob"], 3)
+            values += [token.pop("logprob") for token in (entry, *entry["top_logprobs"])]
     for extra in ("prompt_token_ids", "prompt_text", "metrics", "service_tier"):
         made.pop(extra, None)
     return made
@@ -249,13 +248,16 @@ def test_openais_client_sees_in_a_stream_what_vllm_itself_sends(front: Front, na
     body |= {"logprobs": True, "top_logprobs": 2, "stream": True, "stream_options": {"include_usage": True}}
     body["extra_body"] = {k: v for k, v in CHATS[name].items() if k in extra}
     seen: dict[str, list[Json]] = {}
+    values: dict[str, list[float]] = {"direct": [], "gateway": []}
     for side in ("direct", "gateway"):
         with front.openai(side) as client:
-            seen[side] = [plain(c) for c in client.chat.completions.create(model=BASE_MODEL, **body)]
+            seen[side] = [plain(c, values[side]) for c in client.chat.completions.create(model=BASE_MODEL, **body)]
     # Finish chunks wait for the store: with several choices they come behind the others' last words.
     for index in range(body.get("n", 1)):
         own, ours = ([c for c in seen[s] if c["choices"] and c["choices"][0]["index"] == index] for s in seen)
         assert ours == own
+    # Sorted: the choices' chunks may be interleaved in another way.
+    assert sorted(values["gateway"]) == pytest.approx(sorted(values["direct"]), abs=2e-5)
     assert seen["gateway"][-1] == seen["direct"][-1]
     assert seen["gateway"][-1]["usage"]["completion_tokens"] > 0
 
@@ -263,9 +265,11 @@ def test_openais_client_sees_in_a_stream_what_vllm_itself_sends(front: Front, na
 @pytest.mark.parametrize("name", ["forced tool", "three choices", "multi-turn, unicode"])
 def test_openais_client_sees_in_a_whole_answer_what_vllm_itself_sends(front: Front, name: str) -> None:
     seen: dict[str, Json] = {}
+    values: dict[str, list[float]] = {"direct": [], "gateway": []}
     for side in ("direct", "gateway"):
         with front.openai(side) as client:
-            seen[side] = plain(client.chat.completions.create(model=BASE_MODEL, logprobs=True, **CHATS[name]))
+            answer = client.chat.completions.create(model=BASE_MODEL, logprobs=True, **CHATS[name])
+            seen[side] = plain(answer, values[side])
     for answer in seen.values():
         answer["usage"] = {k: answer["usage"][k] for k in ("prompt_tokens", "completion_tokens")}
         for choice in answer["choices"]:
@@ -276,12 +280,14 @@ def test_openais_client_sees_in_a_whole_answer_what_vllm_itself_sends(front: Fro
         answer.pop("kv_transfer_params", None)
         answer.pop("ec_transfer_params", None)
     assert seen["gateway"] == seen["direct"]
+    assert values["gateway"] == pytest.approx(values["direct"], abs=2e-5)
 
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_hangs_up_ends_the_generation_in_vllm(front: Front, stream: bool) -> None:
-    aborted = 'vllm:request_success_total{engine="0",finished_reason="abort",model_name="perennial-demo"}'
-    before = front.metric(aborted)
+    labels = '{engine="0",model_name="perennial-demo"}'
+    running, generated = f"vllm:num_requests_running{labels}", f"vllm:generation_tokens_total{labels}"
+    before = front.metric(generated)
     body = {"model": BASE_MODEL, "messages": TALK[:2], "max_tokens": 900, "ignore_eos": True, "stream": stream}
     url = f"{front.stack.url}/v1/chat/completions"
     headers = {"authorization": f"Bearer {front.stack.api_key}"}
@@ -291,10 +297,11 @@ def test_a_client_that_hangs_up_ends_the_generation_in_vllm(front: Front, stream
     else:
         with pytest.raises(httpx2.ReadTimeout):
             httpx2.post(url, json=body, headers=headers, timeout=0.7)
-    until = time.monotonic() + 10
-    while front.metric(aborted) == before:
+    until = time.monotonic() + 20
+    while front.metric(running) or front.metric(generated) == before:
         assert time.monotonic() < until, "the generation went on"
         time.sleep(0.05)
+    assert front.metric(generated) - before < 800, "it ran to its end"
 
 
 def test_vllms_refusals_are_honest_errors(front: Front) -> None:
