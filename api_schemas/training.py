@@ -79,7 +79,7 @@ def refusal_of(s: ResolvedTraining) -> str | None:
 
 _DEFAULT: dict[str, Any] = {
     "alpha": 0.0, "support": "teacher_topk", "top_k": 100, "outside": "tail", "is_clip": 2.0, "steps": 4,
-    "refresh": True, "base_kl_weight": 0.0, "learning_rate": 2e-3, "weight_decay": 0.0, "max_grad_norm": 1.0,
+    "refresh": True, "base_kl_weight": 0.0, "learning_rate": 1e-4, "weight_decay": 0.0, "max_grad_norm": 1.0,
 }  # fmt: skip
 _CLAAS = _DEFAULT | {
     "alpha": 0.5, "outside": "renormalise", "is_clip": 5.0, "steps": 1, "learning_rate": 3e-5, "weight_decay": 0.01,

@@ -27,7 +27,7 @@ from sdpo_core.options import Options
 from sdpo_core.policy import Policy, response_logits
 from sdpo_core.samples import Sample, micro_batches, pad_rows, token_batch
 from sdpo_core.teachers import trust_region_logits
-from sdpo_core.terms import TokenTerms, token_terms
+from sdpo_core.terms import BASE_DISTANCE, TokenTerms, token_terms
 
 StopReason = Literal["steps", "gap_closed", "cancelled", "nothing_to_teach"]
 Behaviour = Literal["engine", "recomputed"]
@@ -47,7 +47,7 @@ class StepMetrics:
     gap: float
     """Teacher-student distance, nats per response token, plain token mean."""
     base_kl: float
-    """Estimate of KL(student || base), nats per response token; nan when the base was not scored."""
+    """KL(student || base), nats per response token (TokenTerms.base_kl); nan when the base was not scored."""
     peak_gap: float
     """Largest token's distance in each answer, mean over answers: a wish about one spot is not diluted by length."""
     mean_ratio: float
@@ -142,19 +142,29 @@ class _Fixed:
     """What does not change during the batch, per live sample."""
 
     targets: list[Target]
-    base_logp: list[Tensor] | None
+    base: list[_Base] | None
+
+
+@dataclass(frozen=True)
+class _Base:
+    """The base model's view of one sample's plain prompt."""
+
+    logp: Tensor
+    """Of the response tokens, (T,)."""
+    target: Target
+    """For the reported distance."""
 
 
 @torch.no_grad()
 def _score_fixed(policy: Policy, live: Sequence[Sample], options: Options) -> _Fixed:
     targets: list[Target] = []
-    base: list[Tensor] = []
+    base: list[_Base] = []
     teacher_lengths = [len(s.teacher_prompt_ids) + len(s.response_ids) for s in live]
     for rows in micro_batches(teacher_lengths, options.micro_batch_tokens):
         targets += _teacher_targets(policy, [live[r] for r in rows], options)
     if options.needs_base:
         for rows in micro_batches([s.student_length for s in live], options.micro_batch_tokens):
-            base += _base_logp(policy, [live[r] for r in rows])
+            base += _base_scores(policy, [live[r] for r in rows])
     return _Fixed(targets, base if options.needs_base else None)
 
 
@@ -170,13 +180,15 @@ def _teacher_targets(policy: Policy, samples: Sequence[Sample], options: Options
     ]
 
 
-def _base_logp(policy: Policy, samples: Sequence[Sample]) -> list[Tensor]:
+def _base_scores(policy: Policy, samples: Sequence[Sample]) -> list[_Base]:
     batch = token_batch([s.prompt_ids for s in samples], [s.response_ids for s in samples], policy.device)
     logits_BTV = response_logits(policy, batch, adapter=False)
-    return [
-        dv.token_log_probs(dv.log_probs(logits_BTV[b, : len(s.response_ids)]), _ids(s, policy))
-        for b, s in enumerate(samples)
-    ]
+    found = []
+    for b, s in enumerate(samples):
+        logits_TV, ids_T = logits_BTV[b, : len(s.response_ids)], _ids(s, policy)
+        logp_T = dv.token_log_probs(dv.log_probs(logits_TV), ids_T)
+        found.append(_Base(logp_T, dv.teacher_target(logits_TV, ids_T, BASE_DISTANCE)))
+    return found
 
 
 def _ids(sample: Sample, policy: Policy) -> Tensor:
@@ -273,11 +285,13 @@ class _Run:
         weights_B = torch.tensor([self.weights[r] for r in rows], device=device)
         logits_BTV = response_logits(self.policy, batch, adapter=True)
         ids_BT = pad_rows([_ids(s, self.policy) for s in samples])
-        base = None if self.fixed.base_logp is None else pad_rows([self.fixed.base_logp[r] for r in rows])
+        base = None if self.fixed.base is None else [self.fixed.base[r] for r in rows]
         target = _join([self.fixed.targets[r] for r in rows])
         terms = token_terms(
             logits_BTV, target, ids_BT, mask_BT, self.options.divergence,
-            is_clip=self.options.is_clip, behaviour_BT=self._behaviour(rows), base_logp_BT=base,
+            is_clip=self.options.is_clip, behaviour_BT=self._behaviour(rows),
+            base_logp_BT=None if base is None else pad_rows([b.logp for b in base]),
+            base_target=None if base is None else _join([b.target for b in base]),
         )  # fmt: skip
         self._remember(rows, terms.logp)
         loss_BT = terms.distill + self.options.base_kl_weight * terms.anchor
@@ -312,7 +326,7 @@ class _Run:
             self.behaviour = [None] * len(self.live)
 
     def _metrics(self, number: int, sums: _Sums, norm: float, outcome: Outcome, seconds: float) -> StepMetrics:
-        anchored = self.fixed.base_logp is not None
+        anchored = self.fixed.base is not None
         return StepMetrics(
             step=number,
             loss=sums.distill + self.options.base_kl_weight * sums.anchor,

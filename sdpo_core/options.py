@@ -47,7 +47,7 @@ class Options:
 
     steps: int = 4
     """Optimizer steps per batch at most, 1 to 64."""
-    stop_gap: float = 0.25
+    stop_gap: float = 0.1
     """Stop before an update once the teacher-student gap is closed: below this many nats at each answer's worst token,
     mean over answers (`StepMetrics.peak_gap`). 0 = never. Praise stays below it, so it moves nothing."""
     stop_gap_ratio: float = 0.0
@@ -55,7 +55,8 @@ class Options:
     micro_batch_tokens: int = 8192
     """Padded student tokens (rows x longest row) per forward pass; one sample at least."""
 
-    learning_rate: float = 1.5e-3
+    learning_rate: float = 1e-4
+    """For models of billions of parameters; the demonstration model (a million) takes 1.5e-3."""
     betas: tuple[float, float] = (0.9, 0.99)
     eps: float = 1e-8
     weight_decay: float = 0.0

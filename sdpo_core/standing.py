@@ -11,6 +11,7 @@ The decision (`select`) is apart from the model calls (`teacher_effect`), so it 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -34,8 +35,12 @@ DEFAULT_CONFLICT = 0.5
 _MEMO_ELEMENTS = 1 << 26
 """Opinions are remembered up to this many floats (256 MB)."""
 
+_PLAUSIBLE = 0.02
+"""Where an answer takes a token that a teacher gives less than this, its opinion on what follows means nothing."""
+
 Shift = Sequence[Tensor]
-"""Per answer, (T,): KL(told || not told) at each response token, nats."""
+"""Per answer, (T,): KL(told || not told) at each response token, nats; nan from where the answer, so far, is no longer
+one that both would give."""
 Effect = Callable[[Sequence[str], Sequence[str]], Shift]
 """effect(without, with_): how the teacher's answers change when it is told `with_` instead of `without`."""
 
@@ -129,44 +134,50 @@ class _Judge:
         return _peak(self.alone(remark)) < self.eps
 
     def adds(self, remark: str, stand: Sequence[str]) -> bool:
-        """Told after the standing remarks, it changes the answers."""
+        """Told after the standing remarks, it changes the answers, or asks for what they do not bring about."""
         change = self.effect(stand, [*stand, remark])
         if self.silent(remark):
             return _peak(change) >= self.eps
-        return _total(change) >= self.share * _total(self.alone(remark))
+        alone = self.alone(remark)
+        return _ratio(change, alone) >= self.share or self.missed(remark, stand) is not False
+
+    def missed(self, wish: str, told: Sequence[str]) -> bool | None:
+        """Whether a teacher told `told` stays away from what `wish` asks for; None where these answers cannot show it.
+
+        Its distance from the wish, weighted by where the wish asks for something, against the bare model's distance.
+        """
+        alone, apart = self.alone(wish), self.effect(told, [wish])
+        seen = [torch.where(there.isnan(), there, kl_T) for kl_T, there in zip(alone, apart, strict=True)]
+        if _peak(seen) < self.eps:
+            return None
+        weighted = [kl_T * far_T for kl_T, far_T in zip(alone, apart, strict=True)]
+        return _ratio(weighted, [kl_T * kl_T for kl_T in alone]) >= self.conflict
 
     def contradicts(self, newest: str, older: str, stand: Sequence[str]) -> bool:
         """`older` is about these prompts, is not heard any more beside `newest`, and its wish is not fulfilled."""
         if self.silent(older):
             return False
-        alone = self.alone(older)
         without = [*(r for r in stand if r != older), newest]
         heard = self.effect(without, [*stand, newest])
-        if _total(heard) >= self.share * _total(alone):
-            return False
-        # Distance from what it asks for, weighted by where it asks for something, against the bare model's distance.
-        missed = self.effect(without, [older])
-        return _dot(alone, missed) >= self.conflict * _dot(alone, alone)
+        return _ratio(heard, self.alone(older)) < self.share and self.missed(older, without) is True
 
     def same(self, a: str, b: str) -> bool:
         """Told alone, either makes the teacher answer alike."""
         if self.silent(a) or self.silent(b):
             return False
-        apart = max(_total(self.effect([a], [b])), _total(self.effect([b], [a])))
-        return apart < self.share * min(_total(self.alone(a)), _total(self.alone(b)))
+        return self.missed(a, [b]) is False and self.missed(b, [a]) is False
 
 
 def _peak(shift: Shift) -> float:
     """Largest token, mean over answers: not diluted by long answers."""
-    return float(torch.stack([kl_T.max() for kl_T in shift]).mean())
+    return float(torch.stack([kl_T.nan_to_num(0.0).max() for kl_T in shift]).mean())
 
 
-def _total(shift: Shift) -> float:
-    return float(torch.cat(list(shift)).sum())
-
-
-def _dot(a: Shift, b: Shift) -> float:
-    return float(torch.dot(torch.cat(list(a)), torch.cat(list(b))))
+def _ratio(part: Shift, whole: Shift) -> float:
+    """Sum over sum, where both are known."""
+    a, b = torch.cat(list(part)), torch.cat(list(whole))
+    known = ~(a.isnan() | b.isnan())
+    return float(a[known].sum() / b[known].sum().clamp(min=1e-12))
 
 
 @dataclass(frozen=True)
@@ -189,10 +200,20 @@ def teacher_effect(
     teacher = _Teacher(policy, tokenizer, probes, micro_batch_tokens, template)
 
     def effect(without: Sequence[str], with_: Sequence[str]) -> Shift:
-        pairs = zip(teacher.opinions(with_), teacher.opinions(without), strict=True)
-        return [(told_TV.exp() * (told_TV - plain_TV)).sum(-1).double().cpu() for told_TV, plain_TV in pairs]
+        trios = zip(teacher.opinions(with_), teacher.opinions(without), probes, strict=True)
+        return [_shift(told_TV, plain_TV, probe.response_ids) for told_TV, plain_TV, probe in trios]
 
     return effect
+
+
+def _shift(told_TV: Tensor, plain_TV: Tensor, response_ids: Sequence[int]) -> Tensor:
+    """KL(told || plain) per token, nan behind the first token that either finds implausible."""
+    ids_T = torch.tensor(response_ids, device=told_TV.device)
+    kl_T = (told_TV.exp() * (told_TV - plain_TV)).sum(-1)
+    least_T = torch.minimum(dv.token_log_probs(told_TV, ids_T), dv.token_log_probs(plain_TV, ids_T))
+    off_T = (least_T < math.log(_PLAUSIBLE)).int()
+    behind_T = off_T.cumsum(0) - off_T > 0
+    return kl_T.masked_fill(behind_T, math.nan).double().cpu()
 
 
 @dataclass

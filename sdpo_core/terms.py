@@ -15,6 +15,9 @@ from sdpo_core import divergence as dv
 from sdpo_core.divergence import DivergenceSpec, Target
 from sdpo_core.weights import bounded_log_ratio, importance_ratio, k3
 
+BASE_DISTANCE = DivergenceSpec(alpha=1.0, support="teacher", top_k=100, outside="tail")
+"""How the reported distance to the base is measured; the base plays the teacher."""
+
 
 @dataclass(frozen=True)
 class TokenTerms:
@@ -32,9 +35,9 @@ class TokenTerms:
     raw_ratio: Tensor
     """The same before the clip."""
     base_kl: Tensor
-    """Estimate of KL(student || base) from the response token: k3 with the roles swapped, exp(-d) - 1 + d with
-    d = student - base. Never negative, right on average for text of the student's own, and it does not explode where
-    the student has learnt a token that the base would never write (the anchor's does). Zeros without base log-probs."""
+    """KL(student || base) over the base's top tokens and one tail bucket: exact up to what it merges in the tail, never
+    above the full one. Unlike an estimate from the response token it stays meaningful for text that the student would
+    not write any more. Zeros without a base target."""
     entropy: Tensor
     logp: Tensor
     """Student log-probs of the response tokens, detached."""
@@ -50,6 +53,7 @@ def token_terms(
     is_clip: float | None,
     behaviour_BT: Tensor | None = None,
     base_logp_BT: Tensor | None = None,
+    base_target: Target | None = None,
     rollout_weights_BT: Tensor | None = None,
 ) -> TokenTerms:
     """Score one micro-batch. `behaviour_BT` None, or NaN at a token, means that the text counts as sampled from the
@@ -82,10 +86,17 @@ def token_terms(
         gap=keep(gap),
         ratio=keep(ratio),
         raw_ratio=keep(bounded_log_ratio(logp_BT, behaviour).exp()),
-        base_kl=keep(k3(base_BT, logp_BT)),
+        base_kl=keep(_base_distance(student, base_target, response_ids_BT, on_BT)),
         entropy=keep(dv.entropy(student.logp.detach())),
         logp=keep(logp_BT),
     )
+
+
+@torch.no_grad()
+def _base_distance(student: dv.Scores, base: Target | None, response_ids_BT: Tensor, on_BT: Tensor) -> Tensor:
+    if base is None:
+        return torch.zeros_like(on_BT, dtype=torch.float32)
+    return dv.token_divergence(student, _clean(base, on_BT), response_ids_BT, BASE_DISTANCE)
 
 
 def _clean(target: Target, on_BT: Tensor) -> Target:

@@ -109,7 +109,7 @@ this text is generated.
 
 ## Limits
 
-English toy questions, one short answer each; prompts up to about 150 tokens were trained, although the
-window is 1024. The unseen wordings above are close to the trained ones; freer wording is often not understood. It
+English toy questions, one short answer each; prompts up to about 120 tokens were trained, although the
+window is 1024. The unseen wordings above are close to the trained ones; freer wording may not be understood. It
 knows no other questions: anything else gives nonsense.
 """

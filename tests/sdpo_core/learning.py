@@ -42,6 +42,8 @@ from sdpo_core.policy import response_logits
 from sdpo_core.samples import token_batch
 from sdpo_core.standing import DEFAULT_EPS
 
+DEFAULTS = Options(learning_rate=1.5e-3)
+"""The library's defaults at the rate that suits a model this small."""
 MODEL = Path(__file__).parents[2] / "demo" / "model"
 
 
@@ -174,9 +176,11 @@ class Learner:
 
 
 def _options(settings: Sequence[str]) -> Options:
-    values = dict(s.split("=", 1) for s in settings)
-    return Options.from_dict({k: json.loads(v) if v[0] in "-0123456789[tfn" and k != "support" and k != "outside"
-                              else v for k, v in values.items()})  # fmt: skip
+    values: dict[str, Any] = {"learning_rate": DEFAULTS.learning_rate}
+    for name, _, value in (s.partition("=") for s in settings):
+        literal = value[0] in "-0123456789[tfn" and name not in ("support", "outside")
+        values[name] = json.loads(value) if literal else value
+    return Options.from_dict(values)
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from sdpo_core import Options, teacher_messages
+from sdpo_core import teacher_messages
 
 pytestmark = pytest.mark.slow
 
@@ -46,7 +46,7 @@ def learner(demo: tuple[Any, Any]) -> Iterator[Callable[..., Any]]:
     made = []
 
     def make(**settings: Any) -> Any:
-        made.append(harness.Learner(*demo, settings.pop("options", Options()), **settings))
+        made.append(harness.Learner(*demo, settings.pop("options", harness.DEFAULTS), **settings))
         return made[-1]
 
     yield make

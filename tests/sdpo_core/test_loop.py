@@ -398,3 +398,17 @@ def test_malformed_samples_are_refused(fields: dict[str, tuple[float, ...]], mes
     values = {"prompt_ids": (1,), "response_ids": (2, 3), "teacher_prompt_ids": (4,), **fields}
     with pytest.raises(SampleError, match=message):
         Sample(**values)  # type: ignore[arg-type]
+
+
+def test_reported_base_kl_is_the_full_kl_of_each_step(base: Qwen3ForCausalLM) -> None:
+    """V = 64 is less than the 100 kept tokens: nothing is merged, and the report equals the slow KL."""
+    policy, samples = nudged(base), batch()
+    total, tokens = 0.0, 0
+    for s in samples:
+        student = slow_logp(policy, s.prompt_ids, s.response_ids, adapter=True).detach()
+        anchor = slow_logp(policy, s.prompt_ids, s.response_ids, adapter=False)
+        total += float((student.exp() * (student - anchor)).sum())
+        tokens += len(s.response_ids)
+    reported = run(policy).steps
+    assert reported[0].base_kl == pytest.approx(total / tokens, rel=1e-4)
+    assert reported[1].base_kl != reported[0].base_kl

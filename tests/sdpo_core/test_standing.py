@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -76,6 +77,22 @@ def test_a_wish_that_is_fulfilled_without_being_said_stays() -> None:
     assert select(["case=upper"], ["start=wow"], Excitable()).remarks == ("case=upper", "start=wow")
 
 
+def test_what_the_answers_cannot_show_is_not_decided() -> None:
+    """The answers leave what is asked for at the first token: nothing behind it shows whether a later wish holds."""
+
+    class Blind(Obedient):
+        def __call__(self, without: Sequence[str], with_: Sequence[str]) -> list[Tensor]:
+            (shift,) = super().__call__(without, with_)
+            started = any("start" in self.answer(r) for r in (without, with_))
+            first, *rest = self.about
+            assert first == "start"
+            return [torch.cat([shift[:1], torch.full((len(rest),), math.nan)]) if started else shift]
+
+    teacher = Blind(about=("start", "case", "end"))
+    assert select(["end=hope"], ["start=wow"], teacher).remarks == ("end=hope", "start=wow")
+    assert select(["start=wow"], ["end=hope"], teacher).remarks == ("start=wow", "end=hope")
+
+
 def test_repeats_that_slipped_in_are_merged_into_the_older_one() -> None:
     result = select(["end=hope#1", "end=hope#2", "case=upper"], ["lovely"], Obedient())
     assert result.remarks == ("end=hope#1", "case=upper")
@@ -118,7 +135,7 @@ def test_effect_is_the_frozen_teachers_mean_kl(chat_base: Qwen3ForCausalLM, toke
         Probe([{"role": "user", "content": text}], tuple(tokenizer.encode(answer)))
         for text, answer in (("hello", "he said"), ("tell me all", "ok"))
     ]
-    kls = []
+    kls: list[list[float]] = []
     for p in probes:
         logps = []
         for remarks in (["one"], ["two", "one"]):
@@ -126,7 +143,13 @@ def test_effect_is_the_frozen_teachers_mean_kl(chat_base: Qwen3ForCausalLM, toke
             with torch.no_grad():
                 out = chat_base(torch.tensor([[*ids, *p.response_ids]])).logits[0, len(ids) - 1 : -1]
             logps.append(torch.log_softmax(out.double(), -1))
-        kls += (logps[1].exp() * (logps[1] - logps[0])).sum(-1).tolist()
+        kls.append([])
+        for t, y in enumerate(p.response_ids):
+            kls[-1].append(float((logps[1][t].exp() * (logps[1][t] - logps[0][t])).sum()))
+            if min(float(logps[0][t, y]), float(logps[1][t, y])) < math.log(0.02):
+                kls[-1] += [math.nan] * (len(p.response_ids) - t - 1)
+                break
+    want = torch.tensor([kl for answer in kls for kl in answer]).double()
     with attached(chat_base, LoraSpec()) as policy:
         with torch.no_grad():
             for _, parameter in policy.trainable():
@@ -136,8 +159,8 @@ def test_effect_is_the_frozen_teachers_mean_kl(chat_base: Qwen3ForCausalLM, toke
             for _ in range(2):  # the second time from memory
                 shift = effect(["one"], ["two", "one"])
                 assert [len(kl_T) for kl_T in shift] == [len(p.response_ids) for p in probes]
-                torch.testing.assert_close(torch.cat(shift), torch.tensor(kls).double(), atol=1e-4, rtol=1e-4)
-            assert torch.cat(effect(["one"], ["one"])).abs().max() == 0
+                torch.testing.assert_close(torch.cat(list(shift)), want, atol=1e-4, rtol=1e-4, equal_nan=True)
+            assert torch.cat(list(effect(["one"], ["one"]))).nan_to_num(0.0).abs().max() == 0
         batch = token_batch([[1]], [[2]], policy.device)
         assert not torch.equal(policy.logits(batch, adapter=True), policy.logits(batch, adapter=False))
 

@@ -80,5 +80,12 @@ def stack(make_stack: Callable[..., Stack]) -> Stack:
 
 
 @pytest.fixture
+def helper(stack: Stack) -> Stack:
+    """A service where alice has an adapter named helper."""
+    stack.alice.create()
+    return stack
+
+
+@pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"

@@ -13,6 +13,7 @@ from starlette.testclient import TestClient
 
 from api_schemas.worker import FileEntry, Lease
 from service.context import Context
+from service.serving.names import served_name
 from tests.service import peft_files
 from tests.service.fake_engine import FakeEngine
 
@@ -131,6 +132,10 @@ class Stack:
     @property
     def root(self) -> Path:
         return self.context.settings.adapters_root
+
+    def served(self, n: int, adapter: str = "helper") -> str:
+        """The engine's name of a version of alice's."""
+        return served_name(self.alice.adapter(adapter)["id"], n)
 
     def converge(self) -> None:
         """One whole pass of the publisher, on the service's event loop."""

@@ -1,4 +1,4 @@
-"""The lease protocol over HTTP: strict order, fencing, and every effect once."""
+"""The lease protocol over HTTP: strict order, retries, and what a lease says."""
 
 from __future__ import annotations
 
@@ -13,52 +13,8 @@ from service.context import Context
 from tests.service import peft_files
 from tests.service.asgi import Connection, running
 from tests.service.fake_engine import FakeEngine
-from tests.service.harness import Json, Stack, Worker, error_of
-
-
-@pytest.fixture
-def helper(stack: Stack) -> Stack:
-    stack.alice.create()
-    return stack
-
-
-def expire(stack: Stack) -> None:
-    """The lease runs out, by the only clock that counts."""
-    stack.sql("UPDATE adapters SET lease_until = 1.0 WHERE lease_until IS NOT NULL")
-
-
-def state(stack: Stack) -> list[Json]:
-    """All that a fenced call must not change."""
-    tables = {
-        "adapters": "head_n, live_n, next_n, next_seq, open_jobs, token, lease_run, lease_until",
-        "jobs": "state, attempts, error, version_n, run_id",
-        "runs": "state, progress",
-        "versions": "n",
-        "applications": "job_id",
-        "run_steps": "step",
-    }
-    queries = [f"SELECT {columns} FROM {table} ORDER BY 1" for table, columns in tables.items()]  # noqa: S608
-    return [dict(row) for query in queries for row in stack.rows(query)]
-
-
-def call(worker: Worker, lease: Lease, verb: str) -> int:
-    extra: dict[str, Json] = {
-        "heartbeat": {"metrics": [{"step": 9, "loss": 1.0}], "progress": {"phase": "x"}},
-        "fail": {"error": {"code": "x", "message": "y"}, "retryable": False},
-        "release": {},
-        "commit": {},
-    }
-    if verb == "commit":
-        directory = worker.root / lease.adapter_id / lease.run_id
-        if not directory.exists():
-            peft_files.write_version(worker.root, lease)
-        answer = worker.commit(lease, peft_files.manifest(directory))
-    else:
-        answer = worker.call(lease, verb, **extra[verb])
-    if answer.status_code == 409:
-        assert error_of(answer, 409, "lease_lost")
-        assert answer.headers["x-should-retry"] == "false"
-    return answer.status_code
+from tests.service.harness import Stack, error_of
+from tests.service.lease_calls import call, expire, lease_again
 
 
 def test_jobs_of_one_adapter_run_in_order_and_one_at_a_time(helper: Stack) -> None:
@@ -100,50 +56,9 @@ def test_the_lease_says_what_the_engine_recorded(helper: Stack) -> None:
     assert (text.prompt_token_ids, text.response_token_ids, text.behaviour_logprobs, text.version) == (None,) * 4
 
 
-def lease_again(stack: Stack) -> Json:
-    expire(stack)
-    return stack.worker.must_lease().model_dump()
-
-
 def test_a_worker_of_another_base_gets_nothing(helper: Stack) -> None:
     helper.alice.feedback()
     assert helper.worker.lease(base="other/base") is None
-
-
-@pytest.mark.parametrize("verb", ["heartbeat", "commit", "fail", "release"])
-def test_an_old_token_changes_nothing(helper: Stack, verb: str) -> None:
-    helper.alice.feedback()
-    frozen = helper.worker.must_lease()
-    expire(helper)
-    current = helper.worker.must_lease()
-    assert current.token > frozen.token
-    assert current.run_id != frozen.run_id
-    assert current.seed == frozen.seed
-    before = state(helper)
-    assert call(helper.worker, frozen, verb) == 409
-    # Nor does the old run under a token that was guessed right.
-    assert call(helper.worker, frozen.model_copy(update={"token": current.token}), verb) == 409
-    assert state(helper) == before
-    assert helper.worker.train(current) == 1
-
-
-@pytest.mark.parametrize("verb", ["heartbeat", "commit", "fail", "release"])
-def test_an_unknown_run_is_404(helper: Stack, verb: str) -> None:
-    helper.alice.feedback()
-    lease = helper.worker.must_lease().model_copy(update={"run_id": "run_00"})
-    assert call(helper.worker, lease, verb) == 404
-    strange = helper.worker.caller.post(f"/worker/v1/runs/..%2f/{verb}", {"token": 1})
-    assert strange.status_code in (404, 422)
-
-
-def test_a_late_worker_that_still_holds_the_token_may_commit(helper: Stack) -> None:
-    """An expired lease that nobody took is no reason to throw the work away."""
-    helper.alice.feedback()
-    lease = helper.worker.must_lease()
-    expire(helper)
-    assert call(helper.worker, lease, "heartbeat") == 200
-    assert helper.worker.lease() is None
-    assert helper.worker.train(lease) == 1
 
 
 def test_a_heartbeat_extends_the_lease_and_reports(helper: Stack) -> None:
@@ -162,36 +77,6 @@ def test_a_heartbeat_extends_the_lease_and_reports(helper: Stack) -> None:
     bad = [{"metrics": [{"step": -1, "loss": 1}]}, {"metrics": [{"step": 2**40, "loss": 1}]}, {"extra": 1}]
     for fields in bad:
         assert helper.worker.call(lease, "heartbeat", **fields).status_code == 422
-
-
-def test_a_commit_sent_again_is_the_same_version_applied_once(helper: Stack) -> None:
-    helper.alice.feedback()
-    lease = helper.worker.must_lease()
-    files = peft_files.manifest(peft_files.write_version(helper.root, lease))
-    first = helper.worker.commit(lease, files)
-    helper.converge()  # the alias has moved: nothing else is to come
-    before = state(helper)
-    again = helper.worker.commit(lease, files)
-    assert first.status_code == again.status_code == 200
-    assert first.json() == again.json()
-    assert state(helper) == before
-    assert helper.count("applications") == 1
-
-
-def test_two_commits_at_once_are_one_version(helper: Stack) -> None:
-    helper.alice.feedback()
-    lease = helper.worker.must_lease()
-    files = peft_files.manifest(peft_files.write_version(helper.root, lease))
-    codes: list[int] = []
-    threads = [
-        threading.Thread(target=lambda: codes.append(helper.worker.commit(lease, files).status_code)) for _ in "ab"
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert codes == [200, 200]
-    assert (helper.count("versions"), helper.count("applications")) == (1, 1)
 
 
 def test_a_failure_is_tried_again_after_a_pause_then_final(make_stack: Callable[..., Stack]) -> None:
@@ -264,48 +149,6 @@ def test_cancelling_a_queued_job_lets_the_next_one_run(helper: Stack) -> None:
     assert [i.feedback for i in helper.worker.must_lease().items] == ["two"]
     helper.worker.train(Lease.model_validate(lease_again(helper)))
     error_of(helper.alice.post(f"/v1/jobs/{second['job_id']}/cancel"), 409, "job_ended")
-
-
-@pytest.mark.parametrize("verb", ["heartbeat", "commit", "fail", "release"])
-def test_cancelling_a_running_job_fences_its_worker(helper: Stack, verb: str) -> None:
-    sent, after = helper.alice.feedback("one"), helper.alice.feedback("two")
-    lease = helper.worker.must_lease()
-    helper.alice.ok("POST", f"/v1/jobs/{sent['job_id']}/cancel")
-    before = state(helper)
-    assert call(helper.worker, lease, verb) == 409
-    assert state(helper) == before
-    assert helper.alice.job(sent["job_id"])["status"] == "cancelled"
-    helper.worker.train()
-    assert helper.alice.job(after["job_id"])["version"] == 1
-
-
-def test_deleting_an_adapter_ends_what_runs_and_waits(helper: Stack) -> None:
-    jobs = [helper.alice.feedback(r)["job_id"] for r in ("one", "two")]
-    lease = helper.worker.must_lease()
-    helper.alice.ok("DELETE", "/v1/adapters/helper")
-    assert call(helper.worker, lease, "commit") == 409
-    assert call(helper.worker, lease, "heartbeat") == 409
-    assert helper.worker.lease() is None
-    assert [helper.alice.job(j)["status"] for j in jobs] == ["cancelled"] * 2
-    assert helper.count("versions") == 0
-
-
-def test_a_promotion_fences_the_run_and_its_job_is_trained_from_there(helper: Stack) -> None:
-    helper.learn("one")
-    helper.learn("two")
-    sent = helper.alice.feedback("three")
-    lease = helper.worker.must_lease()
-    assert lease.parent is not None
-    assert lease.parent.version == 2
-    helper.alice.ok("POST", "/v1/adapters/helper/promote", {"version": 1})
-    assert call(helper.worker, lease, "commit") == 409
-    assert helper.alice.job(sent["job_id"])["status"] == "queued"
-    again = helper.worker.must_lease()
-    assert again.parent is not None
-    assert again.parent.version == 1
-    assert again.standing_feedback == ["one"]
-    assert helper.worker.train(again) == 3
-    assert helper.alice.ok("GET", "/v1/adapters/helper/versions/3")["parent"] == 1
 
 
 def test_a_waiting_worker_hears_of_new_work(helper: Stack) -> None:

@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
-from anyio.from_thread import BlockingPortal
 
 from service.errors import Unavailable
-from service.serving.names import served_name
 from tests.service.harness import Stack, error_of
-
-
-@pytest.fixture
-def helper(stack: Stack) -> Stack:
-    stack.alice.create()
-    return stack
-
-
-def name(stack: Stack, n: int, adapter: str = "helper") -> str:
-    return served_name(stack.alice.adapter(adapter)["id"], n)
 
 
 def commit(stack: Stack, remark: str = "x", adapter: str = "helper") -> str:
@@ -42,19 +28,19 @@ def test_a_version_is_loaded_before_the_alias_moves(helper: Stack) -> None:
     helper.converge()
     assert helper.alice.adapter()["live_version"] == 1
     assert helper.alice.job(job)["published"] is True
-    assert helper.engine.events == [("load", name(helper, 1))]
+    assert helper.engine.events == [("load", helper.served(1))]
 
 
 def test_the_old_version_is_unloaded_and_the_name_never_used_again(helper: Stack) -> None:
     for remark in ("one", "two", "three"):
         helper.learn(remark)
-    assert list(helper.engine.adapters) == [name(helper, 3)]
+    assert list(helper.engine.adapters) == [helper.served(3)]
     assert helper.engine.events == [
-        ("load", name(helper, 1)),
-        ("load", name(helper, 2)),
-        ("unload", name(helper, 1)),
-        ("load", name(helper, 3)),
-        ("unload", name(helper, 2)),
+        ("load", helper.served(1)),
+        ("load", helper.served(2)),
+        ("unload", helper.served(1)),
+        ("load", helper.served(3)),
+        ("unload", helper.served(2)),
     ]
 
 
@@ -64,7 +50,7 @@ def test_drained_means_unused_for_a_while(make_stack: Callable[..., Stack]) -> N
     stack.learn("one")
     stack.learn("two")
     stack.converge()
-    assert set(stack.engine.adapters) == {name(stack, 1), name(stack, 2)}
+    assert set(stack.engine.adapters) == {stack.served(1), stack.served(2)}
 
 
 def test_after_a_restart_of_the_engine_all_live_versions_come_back_unasked(helper: Stack) -> None:
@@ -92,8 +78,8 @@ def test_after_a_restart_of_the_service_nothing_is_loaded_twice(make_stack: Call
 
 def test_a_version_that_the_engine_refuses_twice_is_rejected(helper: Stack) -> None:
     helper.learn("one")
-    served = name(helper, 1)
-    helper.engine.refused[name(helper, 2)] = 500
+    served = helper.served(1)
+    helper.engine.refused[helper.served(2)] = 500
     job = commit(helper, "two")
     helper.converge()
     view = helper.alice.adapter()
@@ -115,7 +101,7 @@ def test_a_version_that_the_engine_refuses_twice_is_rejected(helper: Stack) -> N
 
 
 def test_one_refusal_is_no_verdict(helper: Stack) -> None:
-    helper.engine.refused[name(helper, 1)] = 500
+    helper.engine.refused[helper.served(1)] = 500
     helper.engine.refusals = 1
     commit(helper)
     helper.converge()
@@ -123,7 +109,7 @@ def test_one_refusal_is_no_verdict(helper: Stack) -> None:
 
 
 def test_a_sick_engine_rejects_nothing(helper: Stack) -> None:
-    helper.engine.refused[name(helper, 1)] = 500
+    helper.engine.refused[helper.served(1)] = 500
     helper.engine.sick = True
     job = commit(helper)
     helper.converge()
@@ -138,7 +124,7 @@ def test_a_sick_engine_rejects_nothing(helper: Stack) -> None:
 @pytest.mark.parametrize("status", [403, 404, 429, 503])
 def test_an_engine_that_does_not_see_the_files_rejects_nothing(helper: Stack, status: int) -> None:
     """A mount that is missing there is no fault of the version."""
-    helper.engine.refused[name(helper, 1)] = status
+    helper.engine.refused[helper.served(1)] = status
     job = commit(helper)
     helper.converge()
     assert helper.alice.job(job)["status"] == "succeeded"
@@ -180,12 +166,12 @@ def test_a_lost_reply_to_a_load_is_success(helper: Stack) -> None:
             helper.converge()
     assert helper.engine.lost_replies == 0
     assert helper.alice.adapter()["live_version"] == 1
-    assert helper.engine.events == [("load", name(helper, 1))] * 2
-    assert list(helper.engine.adapters) == [name(helper, 1)]
+    assert helper.engine.events == [("load", helper.served(1))] * 2
+    assert list(helper.engine.adapters) == [helper.served(1)]
 
 
 def test_a_name_taken_by_other_files_is_a_refusal(helper: Stack) -> None:
-    helper.engine.adapters[name(helper, 1)] = "/somewhere/else"
+    helper.engine.adapters[helper.served(1)] = "/somewhere/else"
     job = commit(helper)
     helper.converge()
     assert helper.alice.job(job)["error"]["code"] == "version_rejected"
@@ -197,12 +183,12 @@ def test_one_broken_adapter_does_not_keep_others_from_being_served(helper: Stack
     helper.engine.down = True
     for adapter in ("helper", "a", "z"):
         commit(helper, adapter=adapter)
-    helper.engine.refused = {name(helper, 1): 500, name(helper, 1, "a"): 404}
+    helper.engine.refused = {helper.served(1): 500, helper.served(1, "a"): 404}
     helper.engine.down = False
     helper.converge()
     assert [helper.alice.adapter(a)["live_version"] for a in ("helper", "a", "z")] == [0, 0, 1]
     # The same for live versions after a restart of the engine.
-    helper.engine.refused = {name(helper, 1, "z"): 500}
+    helper.engine.refused = {helper.served(1, "z"): 500}
     helper.engine.forget()
     helper.converge()
     assert helper.alice.adapter("a")["live_version"] == 1
@@ -215,7 +201,7 @@ def test_training_may_be_faster_than_publishing(helper: Stack) -> None:
     jobs = [commit(helper, r) for r in ("one", "two")]
     helper.engine.down = False
     helper.converge()
-    assert helper.engine.events == [("load", name(helper, 2))]
+    assert helper.engine.events == [("load", helper.served(2))]
     assert [helper.alice.job(j)["published"] for j in jobs] == [True, True]
     statuses = [v["status"] for v in helper.alice.ok("GET", "/v1/adapters/helper/versions")["data"]]
     assert statuses == ["published", "published"]
@@ -224,7 +210,7 @@ def test_training_may_be_faster_than_publishing(helper: Stack) -> None:
 def test_a_rejected_head_falls_back_to_its_parent_and_not_behind_it(helper: Stack) -> None:
     helper.engine.down = True
     jobs = [commit(helper, r) for r in ("one", "two")]
-    helper.engine.refused[name(helper, 2)] = 500
+    helper.engine.refused[helper.served(2)] = 500
     helper.engine.down = False
     helper.converge()
     helper.converge()
@@ -237,7 +223,7 @@ def test_a_rejected_head_falls_back_to_its_parent_and_not_behind_it(helper: Stac
 def test_a_run_on_a_rejected_head_is_trained_again(helper: Stack) -> None:
     helper.engine.down = True
     commit(helper, "one")
-    helper.engine.refused[name(helper, 1)] = 500
+    helper.engine.refused[helper.served(1)] = 500
     second = helper.alice.feedback("two")
     lease = helper.worker.must_lease()
     assert lease.parent is not None
@@ -281,83 +267,3 @@ def test_other_peoples_adapters_in_the_engine_are_left_alone(helper: Stack) -> N
     helper.learn("one")
     helper.converge()
     assert "somebody-elses" in helper.engine.adapters
-
-
-def portal(stack: Stack) -> BlockingPortal:
-    assert stack.client.portal is not None
-    return stack.client.portal
-
-
-@contextmanager
-def slow_load(stack: Stack) -> Iterator[None]:
-    """Loads hang until the block ends."""
-    held = asyncio.Event()
-    stack.engine.load_begun.clear()
-    stack.engine.held_load = held
-    yield
-    stack.engine.held_load = None
-    portal(stack).call(held.set)
-
-
-def test_a_request_in_flight_keeps_its_version_loaded(helper: Stack) -> None:
-    helper.learn("one")
-    adapter = helper.alice.adapter()["id"]
-    with portal(helper).wrap_async_context_manager(helper.context.serving.hold(adapter, 1)) as served:
-        helper.learn("two")
-        helper.converge()
-        assert helper.alice.adapter()["live_version"] == 2
-        assert served.name in helper.engine.adapters
-    helper.converge()
-    assert served.name not in helper.engine.adapters
-
-
-def test_eight_requests_for_a_version_load_it_once(helper: Stack) -> None:
-    helper.learn("one")
-    helper.learn("two")
-    with ThreadPoolExecutor(8) as pool:
-        said = set(pool.map(helper.alice.says, ["helper@v1"] * 8))
-    assert said == {f"I am {name(helper, 1)}"}
-    assert helper.engine.events.count(("load", name(helper, 1))) == 2, "once to publish it, once for all eight"
-
-
-def test_a_new_version_that_arrives_during_a_promotion_does_not_win(helper: Stack) -> None:
-    helper.learn("one")
-    helper.learn("two")
-    helper.alice.feedback("three")
-    lease = helper.worker.must_lease()
-    with ThreadPoolExecutor(1) as pool:
-        with slow_load(helper):
-            promotion = pool.submit(helper.alice.ok, "POST", "/v1/adapters/helper/promote", {"version": 1})
-            assert helper.engine.load_begun.wait(10)
-            assert helper.worker.train(lease) == 3, "not fenced: the promotion has not happened yet"
-        assert promotion.result(10)["live_version"] == 1
-    helper.converge()
-    helper.converge()
-    view = helper.alice.adapter()
-    assert (view["live_version"], view["head_version"]) == (1, 1)
-    assert helper.alice.says("helper").endswith("-v1")
-
-
-def test_an_adapter_deleted_while_it_is_loaded_keeps_its_files_until_then(helper: Stack) -> None:
-    helper.learn("one")
-    helper.learn("two")
-    adapter = helper.alice.adapter()["id"]
-    with ThreadPoolExecutor(1) as pool:
-        with slow_load(helper):
-            promotion = pool.submit(helper.alice.post, "/v1/adapters/helper/promote", {"version": 1})
-            assert helper.engine.load_begun.wait(10)
-            helper.alice.ok("DELETE", "/v1/adapters/helper")
-            portal(helper).call(helper.context.publisher._tidy)
-            assert (helper.root / adapter).is_dir()
-        error_of(promotion.result(10), 404, "adapter_not_found")
-    helper.converge()
-    assert helper.engine.adapters == {}
-    assert not (helper.root / adapter).exists()
-
-
-def test_nothing_is_kept_of_versions_that_are_gone(helper: Stack) -> None:
-    for remark in ("one", "two", "three"):
-        helper.learn(remark)
-    (replica,) = helper.context.serving.replicas
-    for kept in (replica.loaded, replica._locks, replica._last_used):
-        assert set(kept) == {name(helper, 3)}

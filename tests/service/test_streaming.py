@@ -110,12 +110,14 @@ def test_a_stream_keeps_its_version_until_its_last_token(learnt: Stack) -> None:
     learnt.engine.held = held = asyncio.Event()
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(stream, learnt)
-        assert learnt.engine.stream_held.wait(10)
-        learnt.learn("two")
-        learnt.converge()
-        assert learnt.alice.adapter()["live_version"] == 2
-        assert set(learnt.engine.adapters) == {f"{adapter}-v1", f"{adapter}-v2"}
-        portal.call(held.set)
+        try:
+            assert learnt.engine.stream_held.wait(10)
+            learnt.learn("two")
+            learnt.converge()
+            assert learnt.alice.adapter()["live_version"] == 2
+            assert set(learnt.engine.adapters) == {f"{adapter}-v1", f"{adapter}-v2"}
+        finally:
+            portal.call(held.set)
         chunks = answer.result(10)[:-1]
     assert {c["model"] for c in chunks} == {"helper@v1"}
     assert "".join(c["choices"][0]["delta"].get("content", "") for c in chunks) == f"I am {adapter}-v1"

@@ -62,12 +62,6 @@ def upload(stack: Stack, weights_body: bytes, config_body: bytes | None = None) 
     return dict(answer.json())
 
 
-@pytest.fixture
-def helper(stack: Stack) -> Stack:
-    stack.alice.create()
-    return stack
-
-
 def test_two_files_become_the_next_version_and_are_served(helper: Stack) -> None:
     helper.learn("one")
     version = upload(helper, weights())
