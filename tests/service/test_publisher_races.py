@@ -11,7 +11,6 @@ import pytest
 from anyio.from_thread import BlockingPortal
 
 from service.errors import NotFound
-from service.serving.names import served_name
 from tests.service.harness import Stack, error_of
 
 
@@ -114,10 +113,9 @@ def test_a_promotion_while_a_newer_version_is_loaded_wins(helper: Stack) -> None
 def test_a_deleted_adapter_is_not_loaded_again(helper: Stack) -> None:
     """By a request that found it alive and comes to the engine late: the files may go at any moment."""
     helper.learn("one")
-    adapter = helper.alice.adapter()["id"]
-    (replica,) = helper.context.serving.replicas
+    adapter, name = helper.alice.adapter()["id"], helper.served(1)
     helper.alice.ok("DELETE", "/v1/adapters/helper")
     helper.converge()
     with pytest.raises(NotFound):
-        portal(helper).call(replica.ensure_loaded, adapter, 1, served_name(adapter, 1))
+        portal(helper).call(helper.context.serving.replicas[0].ensure_loaded, adapter, 1, name)
     assert helper.engine.adapters == {}

@@ -15,8 +15,11 @@ from pathlib import Path
 import httpx2
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from api_schemas.training import LoraSettings
+from api_schemas.worker import FileEntry
 from service import admission, uploads
 from service.errors import BadRequest, TooLarge, VersionRejected
 from tests.service import peft_files
@@ -60,12 +63,6 @@ def upload(stack: Stack, weights_body: bytes, config_body: bytes | None = None) 
     answer = commit(stack, config_body, weights_body)
     assert answer.status_code == 201, answer.text
     return dict(answer.json())
-
-
-@pytest.fixture
-def helper(stack: Stack) -> Stack:
-    stack.alice.create()
-    return stack
 
 
 def test_two_files_become_the_next_version_and_are_served(helper: Stack) -> None:
@@ -295,3 +292,25 @@ async def test_a_sender_that_falls_silent_is_given_up(tmp_path: Path) -> None:
         await uploads.receive(silent(), tmp_path, WEIGHTS, wanted(), patience=0.05)
     assert stalled.value.code == "upload_stalled"
     assert list((tmp_path / ".uploads").iterdir()) == []
+
+
+@given(data=st.data())
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_bytes_are_taken_or_refused_and_never_crash(tmp_path: Path, data: st.DataObject) -> None:
+    """Any bytes over any part of a good file, cut into any pieces: what is taken is a file that would be loaded."""
+    good, at = weights(), data.draw(st.integers(0, 600))
+    body = good[:at] + data.draw(st.binary(max_size=40)) + good[at + data.draw(st.integers(0, 40)) :]
+    cut = data.draw(st.integers(0, len(body)))
+
+    async def send() -> FileEntry:
+        return await uploads.receive(Sender(body[:cut], body[cut:]).__aiter__(), tmp_path, WEIGHTS, wanted())
+
+    try:
+        entry = asyncio.run(send())
+    except VersionRejected:
+        assert list((tmp_path / ".uploads").iterdir()) == []
+        return
+    path = tmp_path / ".uploads" / entry.sha256
+    admission.check_weights(path, wanted().base_shapes, SETTINGS)
+    assert path.read_bytes() == body
+    path.unlink()
