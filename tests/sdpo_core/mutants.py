@@ -132,8 +132,8 @@ MUTANTS = (
            "test_loop.py"),
     Mutant("base left with an adapter", "lora.py", "    base: nn.Module = policy.model.unload()",
            "    base: nn.Module = policy.model.merge_and_unload()", "test_lora.py"),
-    Mutant("standing remarks cut first from the newest", "teacher_prompt.py", "told = [*older[first:], *own]",
-           "told = [*older[: len(older) - first], *own]", "test_chat.py"),
+    Mutant("standing remarks cut from the newest", "teacher_prompt.py", "said = [*older[first:], ",
+           "said = [*older[: len(older) - first], ", "test_chat.py"),
 )  # fmt: skip
 
 
@@ -163,6 +163,7 @@ def copy_tree(target: Path) -> None:
 def run_tests(tree: Path, paths: list[str]) -> str | None:
     """The first failing test, or None when all pass."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-m", "not slow", "-p", "no:cacheprovider"]
+    command += ["--hypothesis-seed=0"]
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "HYPOTHESIS_DATABASE_FILE": os.devnull}
     done = subprocess.run([*command, *paths], cwd=tree, env=environment, capture_output=True, text=True, check=False)
     if done.returncode == 0:

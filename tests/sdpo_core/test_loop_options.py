@@ -100,7 +100,9 @@ def test_gradients_are_scaled_to_the_wanted_norm(policy: LoraPolicy) -> None:
     parameters = [p for _, p in policy.trainable()]
     before = [p.detach().clone() for p in parameters]
     result = train_batch(policy, torch.optim.SGD(parameters, lr=1.0), SAMPLES, OPTIONS.replace(max_grad_norm=1e-3))
-    moved = math.sqrt(sum(float((p.detach() - b).double().square().sum()) for p, b in zip(parameters, before)))
+    moved = math.sqrt(
+        sum(float((p.detach() - b).double().square().sum()) for p, b in zip(parameters, before, strict=True))
+    )
     assert result.steps[0].grad_norm > 1e-2
     assert moved == pytest.approx(1e-3, rel=1e-2)
 
@@ -262,11 +264,15 @@ def test_a_base_pass_with_the_adapter_on_is_noticed(policy: LoraPolicy) -> None:
 
 
 def test_a_changed_base_is_noticed_in_the_batch_and_at_the_end_of_the_job(base: Qwen3ForCausalLM) -> None:
-    with pytest.raises(AdapterError, match="changed while"), attached(base, LoraSpec()) as policy:
-        assert run(policy).warnings == ()
-        with torch.no_grad():
-            base.model.layers[0].mlp.down_proj.base_layer.weight.mul_(1.01)
-        assert [w.code for w in run(policy).warnings] == ["base_changed", "base_changed"]
+    def leaking_job() -> None:
+        with attached(base, LoraSpec()) as policy:
+            assert run(policy).warnings == ()
+            with torch.no_grad():
+                base.model.layers[0].mlp.down_proj.base_layer.weight.mul_(1.01)
+            assert [w.code for w in run(policy).warnings] == ["base_changed", "base_changed"]
+
+    with pytest.raises(AdapterError, match="changed while"):
+        leaking_job()
     with attached(base, LoraSpec()) as policy:
         assert run(policy).warnings == ()
 
