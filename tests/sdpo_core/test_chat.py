@@ -21,7 +21,9 @@ from sdpo_core.teacher_context import feedback_block
 
 TEXT = st.text(st.characters(blacklist_categories=("Cs", "Co")), max_size=40)
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-QUICK = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 QUESTION = [{"role": "system", "content": "be terse"}, {"role": "user", "content": "hello there"}]
 
 

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from api_schemas.training import TrainingSettings, resolve
 from sdpo_core.lora import LoraSpec, attached
 from sdpo_core.standing import Probe, update_standing
 from worker.base_model import BaseModel, load_base
@@ -158,7 +159,7 @@ def test_a_moving_average_teacher_is_saved_with_each_version(run: Any, make_leas
     """Preset `lasgroup`: the state goes from version to version; a parent without one is where it starts."""
     plain = run(make_lease())
     assert not any("teacher" in f.name for f in plain.files)
-    averaged = {"training": {"preset": "lasgroup", "learning_rate": 1e-3}}
+    averaged = {"training": resolve(TrainingSettings(preset="lasgroup", learning_rate=1e-3)).model_dump()}
     first = run(make_lease(run_id="run2", parent=parent_of(plain), **averaged))
     second = run(make_lease(run_id="run3", parent=parent_of(first, 2), **averaged))
     counts = []
