@@ -5,21 +5,29 @@ were. docs/algorithm.md has the formulas and a complete example.
 """
 
 from sdpo_core.chat import chat_ids
-from sdpo_core.errors import AdapterError, ContextTooLong, OptionError, SampleError, SdpoError
-from sdpo_core.loop import BatchResult, SampleOutcome, StepMetrics, train_batch
+from sdpo_core.ema import EmaTeacher, load_ema, make_ema, save_ema
+from sdpo_core.errors import AdapterError, ContextTooLong, OptionError, RemarkError, SampleError, SdpoError
+from sdpo_core.explain import Explanation, explain
+from sdpo_core.loop import train_batch
 from sdpo_core.lora import LoraPolicy, LoraSpec, attach_lora, attached, detach, load_lora, save_lora
 from sdpo_core.optimizer import load_optimizer, make_optimizer, save_optimizer
-from sdpo_core.options import PRESETS, Options, claas, lasgroup
+from sdpo_core.options import Options
 from sdpo_core.policy import Policy
+from sdpo_core.presets import PRESETS, claas, lasgroup
+from sdpo_core.report import BatchResult, BatchWarning, SampleOutcome, StepMetrics
 from sdpo_core.samples import Sample, TokenBatch
+from sdpo_core.signals import PolicyGradient
 from sdpo_core.standing import Probe, Standing, update_standing
 from sdpo_core.teacher_context import ContextTemplate, teacher_messages, usable_remarks
 from sdpo_core.teacher_prompt import TeacherPrompt, teacher_prompt
+from sdpo_core.withdraw import withdraw
 
 __all__ = [
-    "PRESETS", "AdapterError", "BatchResult", "ContextTemplate", "ContextTooLong", "LoraPolicy", "LoraSpec",
-    "OptionError", "Options", "Policy", "Probe", "Sample", "SampleError", "SampleOutcome", "SdpoError", "Standing",
-    "StepMetrics", "TeacherPrompt", "TokenBatch", "attach_lora", "attached", "chat_ids", "claas", "detach", "lasgroup",
-    "load_lora", "load_optimizer", "make_optimizer", "save_lora", "save_optimizer", "teacher_messages",
-    "teacher_prompt", "train_batch", "update_standing", "usable_remarks",
+    "PRESETS", "AdapterError", "BatchResult", "BatchWarning", "ContextTemplate", "ContextTooLong", "EmaTeacher",
+    "Explanation", "LoraPolicy", "LoraSpec", "OptionError", "Options", "Policy", "PolicyGradient", "Probe",
+    "RemarkError", "Sample", "SampleError", "SampleOutcome", "SdpoError", "Standing", "StepMetrics",
+    "TeacherPrompt", "TokenBatch", "attach_lora", "attached", "chat_ids", "claas", "detach", "explain",
+    "lasgroup", "load_ema", "load_lora", "load_optimizer", "make_ema", "make_optimizer", "save_ema",
+    "save_lora", "save_optimizer", "teacher_messages", "teacher_prompt", "train_batch", "update_standing",
+    "usable_remarks", "withdraw",
 ]  # fmt: skip

@@ -31,3 +31,12 @@ class ContextTooLong(SdpoError):
 
 class AdapterError(SdpoError):
     """An adapter directory or optimizer state that does not belong to this base model or adapter."""
+
+
+class RemarkError(SdpoError):
+    """A remark that does not stand."""
+
+    def __init__(self, remark: str, standing: tuple[str, ...]) -> None:
+        super().__init__(f"the remark does not stand: withdraw one of the {len(standing)} that do, in its own words")
+        self.remark = remark
+        self.standing = standing

@@ -2,7 +2,7 @@
 
 Read top to bottom: score the teacher once, then per step forward and backward every micro-batch with the whole
 batch's denominators, look at the gap, clip, update. Nothing here knows what a model is (sdpo_core.policy) or where
-samples come from.
+samples come from. What is scored beforehand is in sdpo_core.scoring, what is reported in sdpo_core.report.
 
 On the ratio: without `refresh` it stays pi_now / pi_rollout. With `refresh` the weights after each step are declared
 the behaviour policy, so from step 2 on the ratio is 1. That switches the correction off; it does not correct.
@@ -14,85 +14,28 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sdpo_core import divergence as dv
 from sdpo_core.aggregation import row_weights
 from sdpo_core.divergence import Target
+from sdpo_core.ema import DeltaPolicy, EmaTeacher
 from sdpo_core.options import Options
 from sdpo_core.policy import Policy, response_logits
-from sdpo_core.samples import Sample, micro_batches, pad_rows, token_batch
-from sdpo_core.teachers import trust_region_logits
-from sdpo_core.terms import BASE_DISTANCE, TokenTerms, token_terms
-
-StopReason = Literal["steps", "gap_closed", "cancelled", "nothing_to_teach"]
-Behaviour = Literal["engine", "recomputed"]
-Outcome = Literal["updated", "gap_closed", "non_finite"]
+from sdpo_core.report import BatchResult, Outcome, StepMetrics, StopReason, Sums, Watch, sample_outcome
+from sdpo_core.samples import Sample, pad_rows
+from sdpo_core.scoring import Fixed, Scorer, join_targets, score_fixed
+from sdpo_core.terms import TokenTerms, token_terms
 
 
-@dataclass(frozen=True)
-class StepMetrics:
-    """What one step saw, measured before its update. Means are weighted as the loss weights its tokens."""
+@runtime_checkable
+class Sealed(Protocol):
+    """A policy that can tell whether its base is still the bare model that it was attached to."""
 
-    step: int
-    """From 1."""
-    loss: float
-    distill_loss: float
-    anchor_loss: float
-    """k3 to the base, unweighted by `base_kl_weight`; nan when the base was not scored."""
-    gap: float
-    """Teacher-student distance, nats per response token, plain token mean."""
-    base_kl: float
-    """KL(student || base), nats per response token (TokenTerms.base_kl); nan when the base was not scored."""
-    peak_gap: float
-    """Largest token's distance in each answer, mean over answers: a wish about one spot is not diluted by length."""
-    mean_ratio: float
-    max_ratio: float
-    """Largest ratio before the clip."""
-    clip_fraction: float
-    entropy: float
-    """Of the student, nats per response token."""
-    grad_norm: float
-    """Before clipping."""
-    learning_rate: float
-    response_tokens: int
-    seconds: float
-    outcome: Outcome
-    """What became of the step: weights moved, the gap was already closed, or the gradient was not finite."""
-
-
-@dataclass(frozen=True)
-class SampleOutcome:
-    taught: bool
-    behaviour: Behaviour
-    """Where the behaviour log-probs came from; `recomputed` = under the weights the batch started from."""
-    reason: Literal["", "no_feedback", "empty_response"] = ""
-    """Why the sample taught nothing."""
-
-
-@dataclass(frozen=True)
-class BatchResult:
-    steps: tuple[StepMetrics, ...]
-    samples: tuple[SampleOutcome, ...]
-    stop_reason: StopReason
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def updates(self) -> int:
-        """Optimizer steps that moved the weights."""
-        return sum(s.outcome == "updated" for s in self.steps)
-
-    @property
-    def skipped_non_finite(self) -> int:
-        return sum(s.outcome == "non_finite" for s in self.steps)
-
-    @property
-    def masked_samples(self) -> int:
-        return sum(not s.taught for s in self.samples)
+    def base_intact(self) -> bool: ...
 
 
 def train_batch(
@@ -101,19 +44,23 @@ def train_batch(
     samples: Sequence[Sample],
     options: Options,
     *,
+    ema: EmaTeacher | None = None,
     on_step: Callable[[StepMetrics], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> BatchResult:
     """Train the policy's adapter on one batch, in place. Deterministic on CPU.
 
-    `optimizer` comes from `make_optimizer` / `load_optimizer`, over `policy.trainable()`. `on_step` is called after
-    each step; `should_stop` is asked before each (true: stop, keeping the updates made so far).
+    `optimizer` comes from `make_optimizer` / `load_optimizer`, over `policy.trainable()`. `ema`, for teacher `ema`, is
+    moved once, after the batch and only if weights moved. `on_step` is called after each step; `should_stop` is asked
+    before each (true: stop, keeping the updates made so far). Raises OptionError when teacher `ema` lacks its state.
     """
-    outcomes = tuple(_outcome(s) for s in samples)
+    outcomes = tuple(sample_outcome(s) for s in samples)
     live = [s for s in samples if s.live]
+    scorer = Scorer(policy, options, ema)
     if not live:
         return BatchResult((), outcomes, "nothing_to_teach")
-    run = _Run(policy, optimizer, options, live, _score_fixed(policy, live, options))
+    run = _Run(scorer, optimizer, live, _live_weights(samples, options), score_fixed(scorer, live))
+    run.check_base("before the first step")
     stop_reason: StopReason = "steps"
     for number in range(1, options.steps + 1):
         if should_stop is not None and should_stop():
@@ -125,146 +72,61 @@ def train_batch(
         if metrics.outcome == "gap_closed":
             stop_reason = "gap_closed"
             break
-    return BatchResult(tuple(run.history), outcomes, stop_reason, tuple(run.warnings))
+    run.check_base("after the last step")
+    run.move_teacher()
+    return BatchResult(tuple(run.history), outcomes, stop_reason, tuple(run.watch.warnings))
 
 
-def _outcome(sample: Sample) -> SampleOutcome:
-    behaviour: Behaviour = "recomputed" if sample.behaviour_logprobs is None else "engine"
-    if not sample.taught:
-        return SampleOutcome(False, behaviour, "no_feedback")
-    if not sample.response_ids:
-        return SampleOutcome(False, behaviour, "empty_response")
-    return SampleOutcome(True, behaviour)
+def _live_weights(samples: Sequence[Sample], options: Options) -> list[float]:
+    """Row weights of the live samples. Dead ones count as rows of no tokens, which one mode keeps in its mean."""
+    lengths = [len(s.response_ids) if s.live else 0 for s in samples]
+    weights = row_weights(lengths, options.aggregation)
+    return [w for w, s in zip(weights, samples, strict=True) if s.live]
 
 
-@dataclass(frozen=True)
-class _Fixed:
-    """What does not change during the batch, per live sample."""
-
-    targets: list[Target]
-    base: list[_Base] | None
-
-
-@dataclass(frozen=True)
-class _Base:
-    """The base model's view of one sample's plain prompt."""
-
-    logp: Tensor
-    """Of the response tokens, (T,)."""
-    target: Target
-    """For the reported distance."""
-
-
-@torch.no_grad()
-def _score_fixed(policy: Policy, live: Sequence[Sample], options: Options) -> _Fixed:
-    targets: list[Target] = []
-    base: list[_Base] = []
-    teacher_lengths = [len(s.teacher_prompt_ids) + len(s.response_ids) for s in live]
-    for rows in micro_batches(teacher_lengths, options.micro_batch_tokens):
-        targets += _teacher_targets(policy, [live[r] for r in rows], options)
-    if options.needs_base:
-        for rows in micro_batches([s.student_length for s in live], options.micro_batch_tokens):
-            base += _base_scores(policy, [live[r] for r in rows])
-    return _Fixed(targets, base if options.needs_base else None)
-
-
-def _teacher_targets(policy: Policy, samples: Sequence[Sample], options: Options) -> list[Target]:
-    batch = token_batch([s.teacher_prompt_ids for s in samples], [s.response_ids for s in samples], policy.device)
-    logits_BTV = response_logits(policy, batch, adapter=False)
-    if options.teacher_mix > 0:
-        student_BTV = response_logits(policy, batch, adapter=True)
-        logits_BTV = trust_region_logits(logits_BTV, student_BTV, options.teacher_mix)
-    return [
-        dv.teacher_target(logits_BTV[b, : len(s.response_ids)], _ids(s, policy), options.divergence)
-        for b, s in enumerate(samples)
-    ]
-
-
-def _base_scores(policy: Policy, samples: Sequence[Sample]) -> list[_Base]:
-    batch = token_batch([s.prompt_ids for s in samples], [s.response_ids for s in samples], policy.device)
-    logits_BTV = response_logits(policy, batch, adapter=False)
-    found = []
-    for b, s in enumerate(samples):
-        logits_TV, ids_T = logits_BTV[b, : len(s.response_ids)], _ids(s, policy)
-        logp_T = dv.token_log_probs(dv.log_probs(logits_TV), ids_T)
-        found.append(_Base(logp_T, dv.teacher_target(logits_TV, ids_T, BASE_DISTANCE)))
-    return found
-
-
-def _ids(sample: Sample, policy: Policy) -> Tensor:
-    return torch.tensor(sample.response_ids, device=policy.device)
-
-
-def _join(targets: Sequence[Target]) -> Target:
-    """Per-sample targets (T_b, ...) as one padded batch (B, T, ...)."""
-    index = [t.index for t in targets if t.index is not None]
-    tails = [t.log_tail for t in targets if t.log_tail is not None]
-    return Target(
-        pad_rows([t.logp for t in targets]), pad_rows(index) if index else None, pad_rows(tails) if tails else None
-    )
-
-
-@dataclass
-class _Sums:
-    """Running sums over the micro-batches of one step, in float64."""
-
-    distill: float = 0.0
-    anchor: float = 0.0
-    ratio: float = 0.0
-    clipped: float = 0.0
-    weight: float = 0.0
-    gap: float = 0.0
-    peak_gap: float = 0.0
-    base_kl: float = 0.0
-    entropy: float = 0.0
-    max_ratio: float = 0.0
-
-    def add(self, terms: TokenTerms, mask_BT: Tensor, weights_B: Tensor, clip: float | None) -> None:
-        def weighted(x_BT: Tensor) -> float:
-            return float((x_BT.detach().double().sum(-1) * weights_B.double()).sum())
-
-        self.distill += weighted(terms.distill)
-        self.anchor += weighted(terms.anchor)
-        self.ratio += weighted(terms.ratio)
-        self.weight += weighted(mask_BT)
-        if clip is not None:
-            self.clipped += weighted((terms.ratio >= clip) & mask_BT)
-        self.gap += float(terms.gap.double().sum())
-        self.base_kl += float(terms.base_kl.double().sum())
-        self.peak_gap += float(terms.gap.amax(-1).double().sum())
-        self.entropy += float(terms.entropy.double().sum())
-        self.max_ratio = max(self.max_ratio, float(terms.raw_ratio.max()))
+def _has_stepped(optimizer: Optimizer) -> bool:
+    return any(float(state.get("step", 0)) > 0 for state in optimizer.state.values())
 
 
 @dataclass
 class _Run:
     """The state of one batch: live samples, what is fixed, the current behaviour log-probs, the history."""
 
-    policy: Policy
+    scorer: Scorer
     optimizer: Optimizer
-    options: Options
     live: list[Sample]
-    fixed: _Fixed
+    weights: list[float]
+    fixed: Fixed
+    targets: list[Target] = field(init=False)
     behaviour: list[Tensor | None] = field(init=False)
     """Per sample; None = take the student's own at the next forward pass."""
     history: list[StepMetrics] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    watch: Watch = field(init=False)
 
     def __post_init__(self) -> None:
-        lengths = [len(s.response_ids) for s in self.live]
-        self.tokens = sum(lengths)
-        self.weights = row_weights(lengths, self.options.aggregation)
-        self.groups = micro_batches([s.student_length for s in self.live], self.options.micro_batch_tokens)
-        self.behaviour = [
-            None if s.behaviour_logprobs is None else torch.tensor(s.behaviour_logprobs, device=self.policy.device)
-            for s in self.live
-        ]
+        self.policy, self.options = self.scorer.policy, self.scorer.options
+        self.tokens = sum(len(s.response_ids) for s in self.live)
+        self.groups = self.scorer.groups(self.live)
+        self.targets = self.scorer.targets(self.live)
+        self.behaviour = [self._first_behaviour(i) for i in range(len(self.live))]
+        self.watch = Watch(trained_before=_has_stepped(self.optimizer))
+
+    def _first_behaviour(self, i: int) -> Tensor | None:
+        """Recorded log-probs; with rollout correction those of the starting weights, whose weights cover the rest."""
+        recorded = self.live[i].behaviour_logprobs
+        if recorded is None:
+            return None
+        if self.options.rollout_correction != "none" and self.fixed.start is not None:
+            return self.fixed.start[i].logp
+        return torch.tensor(recorded, device=self.policy.device)
 
     def step(self, number: int) -> StepMetrics:
         """One forward and backward over the batch, then the update unless there is a reason not to."""
         started = time.perf_counter()
+        if self.options.teacher == "live" and self.history and self.history[-1].outcome == "updated":
+            self.targets = self.scorer.targets(self.live)
         self.optimizer.zero_grad(set_to_none=True)
-        sums = _Sums()
+        sums = Sums()
         for rows in self.groups:
             self._backward(rows, sums)
         parameters = [p for _, p in self.policy.trainable()]
@@ -273,31 +135,40 @@ class _Run:
         if outcome == "updated":
             self._update()
         metrics = self._metrics(number, sums, norm, outcome, time.perf_counter() - started)
-        self._watch(metrics)
+        self.watch.step(metrics, self.history[-1] if self.history else None)
         self.history.append(metrics)
         return metrics
 
-    def _backward(self, rows: list[int], sums: _Sums) -> None:
+    def _backward(self, rows: list[int], sums: Sums) -> None:
         samples = [self.live[r] for r in rows]
-        device = self.policy.device
-        batch = token_batch([s.prompt_ids for s in samples], [s.response_ids for s in samples], device)
+        batch = self.scorer.student_batch(samples)
         mask_BT = batch.mask()
-        weights_B = torch.tensor([self.weights[r] for r in rows], device=device)
+        weights_B = torch.tensor([self.weights[r] for r in rows], device=self.policy.device)
         logits_BTV = response_logits(self.policy, batch, adapter=True)
-        ids_BT = pad_rows([_ids(s, self.policy) for s in samples])
-        base = None if self.fixed.base is None else [self.fixed.base[r] for r in rows]
-        target = _join([self.fixed.targets[r] for r in rows])
-        terms = token_terms(
-            logits_BTV, target, ids_BT, mask_BT, self.options.divergence,
-            is_clip=self.options.is_clip, behaviour_BT=self._behaviour(rows),
-            base_logp_BT=None if base is None else pad_rows([b.logp for b in base]),
-            base_target=None if base is None else _join([b.target for b in base]),
-        )  # fmt: skip
+        terms = self._terms(rows, logits_BTV, mask_BT)
         self._remember(rows, terms.logp)
         loss_BT = terms.distill + self.options.base_kl_weight * terms.anchor
+        loss_BT = loss_BT + self.options.previous_kl_weight * terms.previous_anchor
         loss: Tensor = (loss_BT.sum(-1) * weights_B).sum()
         torch.autograd.backward(loss)
         sums.add(terms, mask_BT, weights_B, self.options.is_clip)
+
+    def _terms(self, rows: list[int], logits_BTV: Tensor, mask_BT: Tensor) -> TokenTerms:
+        samples = [self.live[r] for r in rows]
+        base = None if self.fixed.base is None else [self.fixed.base[r] for r in rows]
+        start = None if self.fixed.start is None else [self.fixed.start[r] for r in rows]
+        weights = None if self.fixed.token_weights is None else [self.fixed.token_weights[r] for r in rows]
+        return token_terms(
+            logits_BTV, join_targets([self.targets[r] for r in rows]),
+            pad_rows([self.scorer.ids(s) for s in samples]), mask_BT, self.options.divergence,
+            is_clip=self.options.is_clip, behaviour_BT=self._behaviour(rows),
+            base_logp_BT=None if base is None else pad_rows([b.logp for b in base]),
+            base_target=None if base is None else join_targets([b.target for b in base]),
+            previous_logp_BT=None if start is None else pad_rows([s.logp for s in start]),
+            token_weights_BT=None if weights is None else pad_rows(weights),
+            policy_gradient=self.options.policy_gradient,
+            rewards_B=logits_BTV.new_tensor([s.reward_advantage for s in samples], dtype=torch.float32),
+        )  # fmt: skip
 
     def _behaviour(self, rows: list[int]) -> Tensor:
         """Behaviour log-probs of these rows, NaN where the student's own are to be taken."""
@@ -306,9 +177,10 @@ class _Run:
         return pad_rows([u if k is None else k for k, u in zip(known, unknown, strict=True)])
 
     def _remember(self, rows: list[int], logp_BT: Tensor) -> None:
-        """Student log-probs that just stood in for unknown ones are the behaviour log-probs from here on."""
+        """Student log-probs that just stood in for unknown ones are the behaviour log-probs from here on, but for
+        answers that the teacher wrote: those have none."""
         for b, r in enumerate(rows):
-            if self.behaviour[r] is None:
+            if self.behaviour[r] is None and not self.live[r].teacher_written:
                 self.behaviour[r] = logp_BT[b, : len(self.live[r].response_ids)].clone()
 
     def _decide(self, peak_gap: float, norm: float) -> Outcome:
@@ -325,13 +197,32 @@ class _Run:
             # The next forward pass is under the new weights: its log-probs become the behaviour log-probs.
             self.behaviour = [None] * len(self.live)
 
-    def _metrics(self, number: int, sums: _Sums, norm: float, outcome: Outcome, seconds: float) -> StepMetrics:
-        anchored = self.fixed.base is not None
+    def move_teacher(self) -> None:
+        """The moving average follows once per batch, and only weights that a finite gradient has moved."""
+        ema, policy = self.scorer.ema, self.policy
+        if self.options.teacher != "ema" or ema is None or not isinstance(policy, DeltaPolicy):
+            return
+        if not any(m.outcome == "updated" for m in self.history):
+            return
+        ema.update(policy, self.options.teacher_rate, self.options.teacher_rank)
+        if ema.lost > 0.01:
+            message = f"the rank bound cut {ema.lost:.1%} off the moving average: raise teacher_rank"
+            self.watch.warn("teacher_truncated", message)
+
+    def check_base(self, when: str) -> None:
+        if isinstance(self.policy, Sealed) and not self.policy.base_intact():
+            message = f"{when}, the base model without the adapter is not what it was when the adapter was attached"
+            self.watch.warn("base_changed", message)
+
+    def _metrics(self, number: int, sums: Sums, norm: float, outcome: Outcome, seconds: float) -> StepMetrics:
+        anchored, started = self.fixed.base is not None, self.fixed.start is not None
+        loss = sums.distill + self.options.base_kl_weight * sums.anchor
         return StepMetrics(
             step=number,
-            loss=sums.distill + self.options.base_kl_weight * sums.anchor,
+            loss=loss + self.options.previous_kl_weight * sums.previous_anchor,
             distill_loss=sums.distill,
             anchor_loss=sums.anchor if anchored else math.nan,
+            previous_anchor_loss=sums.previous_anchor if started else math.nan,
             gap=sums.gap / self.tokens,
             base_kl=sums.base_kl / self.tokens if anchored else math.nan,
             peak_gap=sums.peak_gap / len(self.live),
@@ -345,14 +236,3 @@ class _Run:
             seconds=seconds,
             outcome=outcome,
         )
-
-    def _watch(self, metrics: StepMetrics) -> None:
-        """Notice a loss computed from stale state: the weights moved and nothing else did."""
-        if not self.history or self.history[-1].outcome != "updated" or metrics.grad_norm == 0.0:
-            return
-        last = self.history[-1]
-        if (metrics.loss, metrics.grad_norm, metrics.entropy) == (last.loss, last.grad_norm, last.entropy):
-            self.warnings.append(
-                f"steps {last.step} and {metrics.step} have bit-identical loss, gradient norm and entropy although the "
-                "weights were updated between them"
-            )

@@ -1,4 +1,4 @@
-"""Every choice of the algorithm as one frozen record of orthogonal options, and presets for published systems.
+"""Every choice of the algorithm as one frozen record of orthogonal options; presets are in sdpo_core.presets.
 
 Bounds are checked when the record is made. Combinations that train nothing or are known to collapse are refused with
 the option's name and the reason; `Options.cautions` names those that are merely risky.
@@ -9,12 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from types import MappingProxyType
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from sdpo_core.aggregation import Aggregation
 from sdpo_core.divergence import DivergenceSpec, Outside, Support
 from sdpo_core.errors import OptionError
+from sdpo_core.signals import PolicyGradient
+
+TeacherKind = Literal["base", "previous", "live", "ema"]
+RolloutCorrection = Literal["none", "token", "sequence"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +40,31 @@ class Options:
     refresh: bool = True
     """After each step the new weights count as the behaviour policy, so the ratio is 1 from step 2 on. False: the
     ratio stays relative to the rollout."""
+    rollout_correction: RolloutCorrection = "none"
+    """Weights for text whose recorded log-probs come from another engine: min(exp(trainer - engine), threshold) under
+    the starting weights, per token or per answer. The ratio is then relative to the trainer's own log-probs."""
+    rollout_threshold: float = 2.0
+    rollout_normalise: bool = False
+    """Divide those weights by their mean over the batch."""
+    teacher: TeacherKind = "base"
+    """Who is told the feedback: the bare base model, the version that the batch started from, the student as it is at
+    each step, or a moving average of versions (its state is `train_batch`'s argument `ema`)."""
     teacher_mix: float = 0.0
-    """Share of the current adapter in the teacher's raw logits, fixed at the start of the batch: 0 = frozen base,
-    1 = the current version, between: trust region."""
+    """Trust region: share of the student, as at the start of the batch, in the teacher's raw logits. 0 = none,
+    1 = the starting version."""
+    teacher_rate: float = 0.05
+    """Step of the moving average, once per batch after an update (teacher `ema`)."""
+    teacher_rank: int = 64
+    """Most rank kept of the moving average per layer (sdpo_core.ema)."""
     base_kl_weight: float = 0.0
     """Weight of the k3 anchor to the base model on the plain prompt."""
+    previous_kl_weight: float = 0.0
+    """Weight of the k3 anchor to the version that the batch started from, on the plain prompt."""
+    top_entropy: float = 1.0
+    """Distil only this share of the batch's response tokens, those where the starting student's entropy is highest.
+    The others stay in the denominators and under the anchors (as in TRL's GRPO)."""
+    policy_gradient: PolicyGradient | None = None
+    """An advantage with a ratio that carries gradient, in place of the sampled-token loss."""
     aggregation: Aggregation = "token-mean"
     """How token losses become one number (sdpo_core.aggregation)."""
 
@@ -80,11 +103,20 @@ class Options:
         return self.base_kl_weight > 0 or self.measure_base_kl
 
     @property
+    def needs_start(self) -> bool:
+        """Whether the starting student must score the plain prompts before the first step."""
+        return self.previous_kl_weight > 0 or self.top_entropy < 1.0 or self.rollout_correction != "none"
+
+    @property
     def cautions(self) -> tuple[str, ...]:
         """Known risks of these settings, in words; empty for the presets."""
         found = []
         if self.teacher_mix > 0.5:
             found.append("teacher_mix: a teacher that follows the student can drift with it until content collapses")
+        if self.teacher in ("live", "previous"):
+            found.append(f"teacher: '{self.teacher}' follows the student; nothing holds it to the base: it can drift")
+        if self.teacher == "ema" and self.teacher_rate > 0.5:
+            found.append("teacher_rate: a fast moving average is nearly the student and drifts with it")
         if 0 < self.alpha < 1:
             found.append("alpha: a mixture has almost no gradient on tokens the student gives no probability")
         if self.support == "sampled":
@@ -109,11 +141,23 @@ class Options:
         given = dict(values)
         if "betas" in given:
             given["betas"] = tuple(given["betas"])
+        if isinstance(given.get("policy_gradient"), Mapping):
+            given["policy_gradient"] = _policy_gradient(given["policy_gradient"])
         return cls(**given)
 
 
+def _policy_gradient(values: Mapping[str, Any]) -> PolicyGradient:
+    for name in values:
+        if name not in {f.name for f in fields(PolicyGradient)}:
+            raise OptionError(f"policy_gradient.{name}", "there is no such option")
+    return PolicyGradient(**values)
+
+
 def _check_names(o: Options) -> None:
-    choices = (("support", Support), ("outside", Outside), ("aggregation", Aggregation))
+    choices = (
+        ("support", Support), ("outside", Outside), ("aggregation", Aggregation), ("teacher", TeacherKind),
+        ("rollout_correction", RolloutCorrection),
+    )  # fmt: skip
     for name, literal in choices:
         if getattr(o, name) not in get_args(literal):
             raise OptionError(name, f"must be one of {', '.join(get_args(literal))}")
@@ -123,7 +167,12 @@ def _check_bounds(o: Options) -> None:
     _within("alpha", o.alpha, 0.0, 1.0)
     _within("sampled_floor", o.sampled_floor, -100.0, 0.0)
     _within("teacher_mix", o.teacher_mix, 0.0, 1.0)
+    _within("teacher_rate", o.teacher_rate, 0.0, 1.0)
+    _within("teacher_rank", o.teacher_rank, 1, 1 << 14)
+    _within("rollout_threshold", o.rollout_threshold, 1.0, 1e6)
     _within("base_kl_weight", o.base_kl_weight, 0.0, 1e3)
+    _within("previous_kl_weight", o.previous_kl_weight, 0.0, 1e3)
+    _within("top_entropy", o.top_entropy, 1e-3, 1.0, "a share of 0 trains nothing")
     _within("steps", o.steps, 1, 64)
     _within("stop_gap", o.stop_gap, 0.0, 1e3)
     _within("stop_gap_ratio", o.stop_gap_ratio, 0.0, 0.99)
@@ -160,55 +209,42 @@ def _check_combinations(o: Options) -> None:
             "alpha 0 on the student's own top K collapses to empty answers: what the teacher wants is not in it; "
             "use support='teacher'",
         )
+    _check_teacher(o)
+    _check_policy_gradient(o)
+
+
+def _check_teacher(o: Options) -> None:
+    if o.teacher_mix > 0 and o.teacher in ("previous", "live"):
+        raise OptionError("teacher_mix", f"has nothing to mix: teacher '{o.teacher}' is the student already")
+    if o.previous_kl_weight > 0 and o.steps == 1:
+        raise OptionError(
+            "previous_kl_weight",
+            "trains nothing: the only step starts at the previous version, where the anchor has no gradient",
+        )
+
+
+def _check_policy_gradient(o: Options) -> None:
+    rule = o.policy_gradient
+    if rule is None:
+        return
+    if o.support != "sampled":
+        raise OptionError("policy_gradient", "an advantage is for the sampled token: use support='sampled'")
+    if o.is_clip is not None:
+        raise OptionError("is_clip", "the policy gradient has its own ratio: set is_clip to None")
+    if rule.reference not in ("student", "behaviour"):
+        raise OptionError("policy_gradient.reference", "must be one of student, behaviour")
+    if (rule.clip_low is None) != (rule.clip_high is None):
+        raise OptionError("policy_gradient.clip_low", "give both clips or neither")
+    if rule.distill_weight == 0 and rule.reward_weight == 0:
+        raise OptionError("policy_gradient.distill_weight", "trains nothing: both weights are 0")
+    _within("policy_gradient.clip_low", rule.clip_low or 0.0, 0.0, 1.0)
+    _within("policy_gradient.clip_high", rule.clip_high or 0.0, 0.0, 1e3)
+    _within("policy_gradient.distill_weight", rule.distill_weight, 0.0, 1e3)
+    _within("policy_gradient.reward_weight", rule.reward_weight, 0.0, 1e3)
+    _within("policy_gradient.max_gain", rule.max_gain, 1.0, 1e3)
+    _within("policy_gradient.gain_target", rule.gain_target or 0.0, 0.0, 1e3)
 
 
 def _within(name: str, value: float, low: float, high: float, why: str = "") -> None:
     if not (math.isfinite(value) and low <= value <= high):
         raise OptionError(name, f"{value} is outside [{low:g}, {high:g}]" + (f"; {why}" if why else ""))
-
-
-def claas(alpha: float = 0.5, **changes: Any) -> Options:
-    """CLaaS (main): teacher's top 100 renormalised, ratio clipped at 5, frozen base, mean over samples of token means.
-
-    alpha 1 is their sampled-token branch; alpha 0 is refused, their loss is identically zero there.
-    """
-    values: dict[str, Any] = {
-        "alpha": alpha,
-        "support": "sampled" if alpha == 1.0 else "teacher",
-        "top_k": 100,
-        "outside": "renormalise",
-        "is_clip": 5.0,
-        "refresh": True,
-        "aggregation": "seq-mean-token-mean",
-        "steps": 1,
-        "stop_gap": 0.0,
-        "learning_rate": 3e-5,
-        "betas": (0.9, 0.999),
-        "weight_decay": 0.01,
-    }
-    return Options(**{**values, **changes})
-
-
-def lasgroup(alpha: float = 0.5, **changes: Any) -> Options:
-    """lasgroup/SDPO (actor.yaml): student's top 100 with a tail bucket, clip 2, token mean, trust-region teacher.
-
-    Their other teacher, a moving average of the student's weights, is not among the options yet.
-    """
-    values: dict[str, Any] = {
-        "alpha": alpha,
-        "support": "student",
-        "top_k": 100,
-        "outside": "tail",
-        "is_clip": 2.0,
-        "refresh": True,
-        "teacher_mix": 0.05,
-        "steps": 1,
-        "stop_gap": 0.0,
-        "learning_rate": 1e-5,
-        "betas": (0.9, 0.999),
-        "weight_decay": 0.01,
-    }
-    return Options(**{**values, **changes})
-
-
-PRESETS: Mapping[str, Options] = MappingProxyType({"default": Options(), "claas": claas(), "lasgroup": lasgroup()})

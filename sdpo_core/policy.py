@@ -31,6 +31,10 @@ class Policy(Protocol):
 
 def response_logits(policy: Policy, batch: TokenBatch, *, adapter: bool) -> Tensor:
     """The logits that predict each response token, (B, T, V). Rows shorter than T repeat some real position."""
-    logits_BMV = policy.logits(batch, adapter=adapter)
+    return at_responses(policy.logits(batch, adapter=adapter), batch)
+
+
+def at_responses(logits_BMV: Tensor, batch: TokenBatch) -> Tensor:
+    """From logits at `first_logit` .. end to those that predict each response token, (B, M, V) -> (B, T, V)."""
     index_BT = batch.positions() - batch.first_logit
     return logits_BMV.gather(1, index_BT.unsqueeze(-1).expand(-1, -1, logits_BMV.shape[-1]))

@@ -31,12 +31,20 @@ class Sample:
     """Log-probs of the response under the policy that wrote it, one per response token; None = unknown."""
     taught: bool = True
     """False: there is no usable feedback, the sample is counted and teaches nothing."""
+    teacher_written: bool = False
+    """The teacher wrote the response (SDFT): the ratio is 1 throughout, for the student never sampled it."""
+    reward_advantage: float = 0.0
+    """A reward's advantage for the whole answer; used by `PolicyGradient.reward_weight` only."""
 
     def __post_init__(self) -> None:
         if not self.prompt_ids or not self.teacher_prompt_ids:
             raise SampleError("a prompt needs at least one token before the response")
+        if not math.isfinite(self.reward_advantage):
+            raise SampleError("reward_advantage is not finite")
         if self.behaviour_logprobs is None:
             return
+        if self.teacher_written:
+            raise SampleError("an answer that the teacher wrote has no log-probs under the student: leave them out")
         given, needed = len(self.behaviour_logprobs), len(self.response_ids)
         if given != needed:
             raise SampleError(f"{given} behaviour log-probs for a response of {needed} tokens")

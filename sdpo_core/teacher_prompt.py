@@ -25,7 +25,7 @@ class TeacherPrompt:
     dropped: tuple[str, ...]
     """Standing remarks left out because they did not fit, oldest first."""
     taught: bool
-    """Whether the item has usable feedback of its own; False: mask the sample."""
+    """Whether there is anything to teach; False: mask the sample."""
 
 
 def teacher_prompt(
@@ -36,23 +36,31 @@ def teacher_prompt(
     *,
     limit: int,
     demonstration: str | None = None,
+    repetitions: int = 1,
+    standing_teaches: bool = False,
     template: ContextTemplate = DEFAULT_TEMPLATE,
     tools: Sequence[Any] | None = None,
     template_options: Mapping[str, Any] | None = None,
 ) -> TeacherPrompt:
     """Render the conversation with standing remarks and the item's own feedback in its last user turn.
 
+    `repetitions`: how often the item's own feedback is said, joined by a space (CLaaS). `standing_teaches`: an item
+    without feedback of its own is taught as well, by what stands; that is how a withdrawn remark is unlearnt.
     `limit` is the number of tokens the prompt may have: the model's window less the response. Raises ContextTooLong
-    with both lengths when it does not fit even without standing remarks, ValueError without a user turn.
+    with both lengths when it does not fit even without standing remarks, ValueError without a user turn or for fewer
+    than one repetition.
     """
+    if repetitions < 1:
+        raise ValueError("feedback is said at least once")
     own = usable_remarks([feedback or ""])
-    taught = bool(own) or bool(demonstration and demonstration.strip())
+    taught = standing_teaches or bool(own) or bool(demonstration and demonstration.strip())
     older = [r for r in usable_remarks(standing) if r not in own]
     for first in range(len(older) + 1):
         told = [*older[first:], *own]
+        said = [*older[first:], *(" ".join([r] * repetitions) for r in own)]
         ids = chat_ids(
             tokenizer,
-            teacher_messages(messages, told, demonstration, template),
+            teacher_messages(messages, said, demonstration, template),
             tools=tools,
             template_options=template_options,
         )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sdpo_core import divergence as dv
 from sdpo_core.divergence import DivergenceSpec, Target
+from sdpo_core.signals import PolicyGradient, policy_gradient_loss
 from sdpo_core.weights import bounded_log_ratio, importance_ratio, k3
 
 BASE_DISTANCE = DivergenceSpec(alpha=1.0, support="teacher", top_k=100, outside="tail")
@@ -21,12 +22,14 @@ BASE_DISTANCE = DivergenceSpec(alpha=1.0, support="teacher", top_k=100, outside=
 
 @dataclass(frozen=True)
 class TokenTerms:
-    """All (B, T), exact zeros where the mask is off. Only `distill` and `anchor` carry gradient."""
+    """All (B, T), exact zeros where the mask is off. Only `distill` and the anchors carry gradient."""
 
     distill: Tensor
     """Divergence after every per-token weight."""
     anchor: Tensor
     """k3 to the base, unweighted; zeros without base log-probs."""
+    previous_anchor: Tensor
+    """k3 to the version that the batch started from, unweighted; zeros without its log-probs."""
     gap: Tensor
     """Teacher-student distance before weights: the divergence itself, or for a sampled token k3 towards the teacher,
     since the sampled loss's value is no distance."""
@@ -54,10 +57,14 @@ def token_terms(
     behaviour_BT: Tensor | None = None,
     base_logp_BT: Tensor | None = None,
     base_target: Target | None = None,
-    rollout_weights_BT: Tensor | None = None,
+    previous_logp_BT: Tensor | None = None,
+    token_weights_BT: Tensor | None = None,
+    policy_gradient: PolicyGradient | None = None,
+    rewards_B: Tensor | None = None,
 ) -> TokenTerms:
     """Score one micro-batch. `behaviour_BT` None, or NaN at a token, means that the text counts as sampled from the
-    student as it is now: the ratio is 1 there.
+    student as it is now: the ratio is 1 there. `token_weights_BT` scales the distillation loss, not the anchors.
+    `policy_gradient` replaces the sampled-token loss and its ratio.
 
     Masked positions may hold anything, NaN included: they give exactly zero value and zero gradient.
     """
@@ -73,16 +80,25 @@ def token_terms(
         behaviour = torch.where(on_BT & ~behaviour_BT.isnan(), behaviour_BT.detach().float(), logp_BT)
     ratio = importance_ratio(logp_BT, behaviour, is_clip)
     raw_divergence = dv.token_divergence(student, target, response_ids_BT, spec)
-    weight = ratio if rollout_weights_BT is None else ratio * rollout_weights_BT.detach().float()
-    base_BT = logp_BT if base_logp_BT is None else torch.where(on_BT, base_logp_BT.detach().float(), logp_BT)
+    distill = raw_divergence * ratio
+    if policy_gradient is not None:
+        distill = policy_gradient_loss(student_BT, target.logp, behaviour, on_BT, policy_gradient, rewards_B)
+    if token_weights_BT is not None:
+        distill = distill * token_weights_BT.detach().float()
     gap = k3(target.logp, logp_BT) if spec.support == "sampled" else raw_divergence.detach()
 
     def keep(x_BT: Tensor) -> Tensor:
         return torch.where(on_BT, x_BT, torch.zeros_like(x_BT))
 
+    def anchored(anchor_BT: Tensor | None) -> Tensor:
+        if anchor_BT is None:
+            return torch.zeros_like(logp_BT)
+        return keep(k3(student_BT, torch.where(on_BT, anchor_BT.detach().float(), logp_BT)))
+
     return TokenTerms(
-        distill=keep(raw_divergence * weight),
-        anchor=keep(k3(student_BT, base_BT)),
+        distill=keep(distill),
+        anchor=anchored(base_logp_BT),
+        previous_anchor=anchored(previous_logp_BT),
         gap=keep(gap),
         ratio=keep(ratio),
         raw_ratio=keep(bounded_log_ratio(logp_BT, behaviour).exp()),

@@ -20,11 +20,13 @@ from torch import nn
 from torch.optim import AdamW
 
 from api_schemas.worker import FileEntry, ItemReport, Lease
+from sdpo_core.ema import EmaTeacher, has_ema, load_ema, make_ema, save_ema
 from sdpo_core.errors import AdapterError, SampleError
-from sdpo_core.loop import BatchResult, StepMetrics, train_batch
+from sdpo_core.loop import train_batch
 from sdpo_core.lora import LoraPolicy, LoraSpec, attached, save_lora
 from sdpo_core.optimizer import load_optimizer, make_optimizer, save_optimizer
 from sdpo_core.options import Options
+from sdpo_core.report import BatchResult, StepMetrics
 from sdpo_core.samples import Sample
 from sdpo_core.standing import update_standing
 from worker.base_model import BaseModel
@@ -65,14 +67,14 @@ def run_job(lease: Lease, base: BaseModel, root: Path, *, report: Report, should
         torch.manual_seed(lease.seed)
         with attached(base.module, source) as policy:
             before = score(policy, canary)
-            optimizer = _optimizer(policy, job)
+            optimizer, ema = _optimizer(policy, job), _moving_average(policy, job)
             started = time.monotonic()
-            result = _train(policy, optimizer, job, report, should_stop)
+            result = _train(policy, optimizer, ema, job, report, should_stop)
             seconds = time.monotonic() - started
             report(Progress(run_id=lease.run_id, phase="writing", step=len(result.steps), steps=job.options.steps))
             after = score(policy, canary)
             standing = _standing(policy, job, base)
-            files = _write(policy, optimizer, job, root, len(standing))
+            files = _write(policy, optimizer, ema, job, root, len(standing))
     return Done(
         run_id=lease.run_id,
         uri=f"{lease.adapter_id}/{lease.run_id}",
@@ -115,8 +117,22 @@ def _optimizer(policy: LoraPolicy, job: _Prepared) -> AdamW:
     return load_optimizer(policy, job.options, job.parent / "trainer")
 
 
+def _moving_average(policy: LoraPolicy, job: _Prepared) -> EmaTeacher | None:
+    """The state of teacher `ema`: the parent's, or a start at the parent's own weights where it has none."""
+    if job.options.teacher != "ema":
+        return None
+    if job.parent is None or not has_ema(job.parent / "trainer"):
+        return make_ema(policy)
+    return load_ema(policy, job.parent / "trainer")
+
+
 def _train(
-    policy: LoraPolicy, optimizer: AdamW, job: _Prepared, report: Report, should_stop: Callable[[], bool]
+    policy: LoraPolicy,
+    optimizer: AdamW,
+    ema: EmaTeacher | None,
+    job: _Prepared,
+    report: Report,
+    should_stop: Callable[[], bool],
 ) -> BatchResult:
     run_id, steps = job.lease.run_id, job.options.steps
 
@@ -127,7 +143,7 @@ def _train(
         report(Progress(run_id=run_id, phase="training", step=step.step, steps=steps))
 
     report(Progress(run_id=run_id, phase="scoring", steps=steps))
-    result = train_batch(policy, optimizer, job.samples, job.options, on_step=on_step, should_stop=should_stop)
+    result = train_batch(policy, optimizer, job.samples, job.options, ema=ema, on_step=on_step, should_stop=should_stop)
     if result.stop_reason == "cancelled":
         raise StoppedError
     for name, parameter in policy.trainable():
@@ -146,7 +162,9 @@ def _standing(policy: LoraPolicy, job: _Prepared, base: BaseModel) -> list[str]:
     return list(update_standing(policy, base.tokenizer, lease.standing_feedback, new, probes).remarks)
 
 
-def _write(policy: LoraPolicy, optimizer: AdamW, job: _Prepared, root: Path, standing_count: int) -> list[FileEntry]:
+def _write(
+    policy: LoraPolicy, optimizer: AdamW, ema: EmaTeacher | None, job: _Prepared, root: Path, standing_count: int
+) -> list[FileEntry]:
     """The version directory, durable and under its final name. A batch that taught nothing is written as well: its
     version equals its parent, and the batch counts as applied."""
     lease = job.lease
@@ -156,6 +174,8 @@ def _write(policy: LoraPolicy, optimizer: AdamW, job: _Prepared, root: Path, sta
     write_card(staging / "adapter", lease)
     write_provenance(staging / "adapter", lease, job.options.as_dict(), standing_count)
     save_optimizer(policy, optimizer, staging / "trainer")
+    if ema is not None:
+        save_ema(ema, staging / "trainer")
     return publish(staging, directory_of(root, f"{lease.adapter_id}/{lease.run_id}"))
 
 

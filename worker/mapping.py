@@ -8,9 +8,10 @@ from api_schemas.jobs import StepMetrics as WireMetrics
 from api_schemas.training import LoraSettings, ResolvedTraining
 from sdpo_core.divergence import Support
 from sdpo_core.errors import OptionError
-from sdpo_core.loop import StepMetrics
 from sdpo_core.lora import LoraSpec
-from sdpo_core.options import PRESETS, Options
+from sdpo_core.options import Options
+from sdpo_core.presets import PRESETS
+from sdpo_core.report import StepMetrics
 from worker.errors import TrainingFailedError
 
 _SUPPORT: dict[str, Support] = {

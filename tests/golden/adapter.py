@@ -56,7 +56,7 @@ def _verl_terms(s: Values, x: Values, mask_BT: Tensor) -> TokenTerms:
     target = teacher_target(x["teacher_logits"], x["response_ids"], spec)
     return token_terms(
         x["student_logits"], target, x["response_ids"], mask_BT, spec,
-        is_clip=s["is_clip"], behaviour_BT=x["old_log_probs"], rollout_weights_BT=x.get("rollout_is_weights"),
+        is_clip=s["is_clip"], behaviour_BT=x["old_log_probs"], token_weights_BT=x.get("rollout_is_weights"),
     )  # fmt: skip
 
 

@@ -36,6 +36,7 @@ from sdpo_core import (
     teacher_prompt,
     train_batch,
     update_standing,
+    withdraw,
 )
 from sdpo_core.divergence import log_probs, token_log_probs
 from sdpo_core.policy import response_logits
@@ -143,6 +144,19 @@ class Learner:
         for _ in range(batches):
             questions = tasks.training_tasks(self.rng.randrange(1 << 30), batch)
             self.learn(questions, [self.rng.choice(texts) for _ in questions])
+
+    def undo(self, remark: str, batches: int, *, batch: int = 8) -> None:
+        """Withdraw a standing remark and learn, on fresh answers, from a teacher told only what still stands."""
+        self.standing = withdraw(self.standing, remark)
+        for _ in range(batches):
+            questions = tasks.training_tasks(self.rng.randrange(1 << 30), batch)
+            chats = [[{"role": "user", "content": q.prompt}] for q in questions]
+            torch.manual_seed(self.rng.randrange(1 << 30))
+            samples = []
+            for chat, answer in zip(chats, self.answer_chats(chats, greedy=False), strict=True):
+                told = teacher_prompt(self.tokenizer, chat, None, self.standing, limit=900, standing_teaches=True)
+                samples.append(Sample(answer.prompt_ids, answer.response_ids, told.ids, taught=told.taught))
+            self.results.append(train_batch(self.policy, self.optimizer, samples, self.options))
 
     def praise(self, batches: int, *, batch: int = 8) -> None:
         for _ in range(batches):

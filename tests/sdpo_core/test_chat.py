@@ -7,12 +7,23 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from sdpo_core import ContextTooLong, SampleError, chat_ids, teacher_messages, teacher_prompt, usable_remarks
+from sdpo_core import (
+    ContextTooLong,
+    RemarkError,
+    SampleError,
+    chat_ids,
+    teacher_messages,
+    teacher_prompt,
+    usable_remarks,
+    withdraw,
+)
 from sdpo_core.teacher_context import feedback_block
 
 TEXT = st.text(st.characters(blacklist_categories=("Cs", "Co")), max_size=40)
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-QUICK = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 QUESTION = [{"role": "system", "content": "be terse"}, {"role": "user", "content": "hello there"}]
 
 
@@ -99,6 +110,29 @@ def test_braces_and_other_turns_survive(tokenizer: PreTrainedTokenizerFast, rema
     assert told[:-1] == messages[:-1]
     assert told[-1]["content"].startswith(question + "{x}")
     assert (remark + "{y}").strip() in told[-1]["content"]
+
+
+def test_feedback_can_be_repeated(tokenizer: PreTrainedTokenizerFast) -> None:
+    """The item's own, not the standing remarks; and it counts as one remark."""
+    told = teacher_prompt(tokenizer, QUESTION, " own ", ["old"], limit=500, repetitions=3)
+    assert told.remarks == ("old", "own")
+    assert list(told.ids) == chat_ids(tokenizer, teacher_messages(QUESTION, ["old", "own own own"]))
+    with pytest.raises(ValueError, match="at least once"):
+        teacher_prompt(tokenizer, QUESTION, "own", limit=500, repetitions=0)
+
+
+def test_a_withdrawn_remark_is_gone_and_what_stands_teaches(tokenizer: PreTrainedTokenizerFast) -> None:
+    remaining = withdraw(["a", "b", "c"], " b ")
+    assert remaining == ("a", "c")
+    told = teacher_prompt(tokenizer, QUESTION, None, remaining, limit=500, standing_teaches=True)
+    assert told.taught
+    assert told.remarks == ("a", "c")
+    nothing_left = teacher_prompt(tokenizer, QUESTION, None, withdraw(["a"], "a"), limit=500, standing_teaches=True)
+    assert nothing_left.taught
+    assert list(nothing_left.ids) == chat_ids(tokenizer, QUESTION)
+    with pytest.raises(RemarkError, match="does not stand") as caught:
+        withdraw(["a"], "b")
+    assert caught.value.standing == ("a",)
 
 
 def test_remarks_are_tidied(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -148,3 +148,16 @@ def test_newest_wish_of_a_kind_wins(learner: Callable[..., Any]) -> None:
     assert after.complies["sparkle"] >= 0.9
     assert after.complies["hope"] < 0.1
     assert not any(r in harness.wordings("hope") for r in taught.standing)
+
+
+def test_a_withdrawn_preference_is_unlearnt_and_the_other_stays(learner: Callable[..., Any]) -> None:
+    taught = learner()
+    before = taught.scores([], HELDOUT)
+    taught.prefer("hope", batches=6)
+    taught.prefer("upper", batches=6)
+    (wish,) = [r for r in taught.standing if r in harness.wordings("hope")]
+    taught.undo(wish, batches=6)
+    after = taught.scores(["hope", "upper"], HELDOUT)
+    assert after.complies["hope"] < 0.1
+    assert after.complies["upper"] >= 0.9
+    assert after.content >= 0.85 * before.content

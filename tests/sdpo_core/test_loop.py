@@ -335,7 +335,8 @@ def test_stale_state_is_noticed() -> None:
     assert result.updates == 3
     assert bool((policy.theta != 0).any())
     assert len(result.warnings) == 2
-    assert "bit-identical" in result.warnings[0]
+    assert {w.code for w in result.warnings} == {"stale_metrics"}
+    assert "bit-identical" in str(result.warnings[0])
 
 
 def test_healthy_runs_have_no_warnings_and_the_base_is_really_the_base(base: Qwen3ForCausalLM) -> None:

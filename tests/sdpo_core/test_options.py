@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
-from sdpo_core import PRESETS, OptionError, Options, claas, lasgroup
+from sdpo_core import PRESETS, OptionError, Options, PolicyGradient, claas, lasgroup
+from sdpo_core.presets import claas_hosted, openclaw_combined
+
+SAMPLED: dict[str, Any] = {"alpha": 1.0, "support": "sampled", "top_k": None, "is_clip": None}
 
 
 @pytest.mark.parametrize(
@@ -35,6 +39,20 @@ from sdpo_core import PRESETS, OptionError, Options, claas, lasgroup
         ("stop_gap", {"stop_gap": -1.0}),
         ("stop_gap_ratio", {"stop_gap_ratio": 1.0}),
         ("teacher_mix", {"teacher_mix": 1.5}),
+        ("teacher_mix", {"teacher_mix": 0.1, "teacher": "live"}),
+        ("teacher", {"teacher": "wise"}),
+        ("teacher_rate", {"teacher_rate": 1.1}),
+        ("teacher_rank", {"teacher_rank": 0}),
+        ("previous_kl_weight", {"previous_kl_weight": 0.1, "steps": 1}),
+        ("top_entropy", {"top_entropy": 0.0}),
+        ("rollout_correction", {"rollout_correction": "batch"}),
+        ("rollout_threshold", {"rollout_threshold": 0.5}),
+        ("policy_gradient", {"policy_gradient": PolicyGradient()}),
+        ("is_clip", {**SAMPLED, "is_clip": 2.0, "policy_gradient": PolicyGradient()}),
+        ("policy_gradient.reference", {**SAMPLED, "policy_gradient": PolicyGradient(reference="god")}),  # type: ignore[arg-type]
+        ("policy_gradient.clip_low", {**SAMPLED, "policy_gradient": PolicyGradient(clip_low=0.2)}),
+        ("policy_gradient.distill_weight", {**SAMPLED, "policy_gradient": PolicyGradient(distill_weight=0.0)}),
+        ("policy_gradient.max_gain", {**SAMPLED, "policy_gradient": PolicyGradient(max_gain=0.5)}),
         ("micro_batch_tokens", {"micro_batch_tokens": 0}),
     ],
 )
@@ -53,7 +71,10 @@ def test_claas_at_alpha_zero_is_refused_and_at_one_is_the_sampled_branch() -> No
 
 
 def test_presets_carry_no_known_collapse() -> None:
-    assert set(PRESETS) == {"default", "claas", "lasgroup"}
+    assert set(PRESETS) == {
+        "default", "claas", "claas_hosted", "lasgroup", "openclaw", "openclaw_combined", "sdft", "trl",
+        "user_interactions_offline", "user_interactions_online",
+    }  # fmt: skip
     assert PRESETS["default"] == Options()
     assert PRESETS["default"].cautions == ()
     with pytest.raises(TypeError):
@@ -70,12 +91,31 @@ def test_published_settings() -> None:
         2.0,
         "token-mean",
     )
+    assert (theirs.teacher, theirs.teacher_rate, theirs.teacher_mix) == ("ema", 0.05, 0.0)
     assert lasgroup(1.0).alpha == 1.0
+    assert lasgroup(teacher="base", teacher_mix=0.05).teacher_mix == 0.05
+
+
+def test_published_signals_are_choices_of_the_same_options() -> None:
+    offline, online = PRESETS["user_interactions_offline"], PRESETS["user_interactions_online"]
+    assert online.replace(policy_gradient=None, learning_rate=2e-6) == offline
+    assert online.policy_gradient == PolicyGradient(centre=True, clip_low=0.2, clip_high=0.2)
+    assert PRESETS["trl"].aggregation == PRESETS["sdft"].aggregation == "row-mean-token-mean"
+    assert openclaw_combined(0.5, 2.0).policy_gradient == PolicyGradient(
+        reference="behaviour", distill_weight=0.5, reward_weight=2.0, clip_low=0.2, clip_high=0.28
+    )
+    hosted = claas_hosted(0.7).policy_gradient
+    assert hosted is not None
+    assert (hosted.distill_weight, hosted.gain_target, hosted.max_gain) == (0.7, 0.03, 4.0)
 
 
 def test_round_trip_and_unknown_names() -> None:
     options = Options(alpha=0.25, betas=(0.8, 0.95), is_clip=None)
     assert Options.from_dict(options.as_dict()) == options
+    for preset in PRESETS.values():
+        assert Options.from_dict(json.loads(json.dumps(preset.as_dict()))) == preset
+    with pytest.raises(OptionError, match=r"policy_gradient\.centred"):
+        Options.from_dict({"policy_gradient": {"centred": True}})
     with pytest.raises(OptionError, match="no such option") as caught:
         Options.from_dict({"learing_rate": 1e-3})
     assert caught.value.option == "learing_rate"
@@ -88,5 +128,7 @@ def test_changes_are_checked_again() -> None:
 
 def test_cautions_name_the_risk() -> None:
     assert any("teacher_mix" in c for c in Options(teacher_mix=1.0).cautions)
+    assert any("teacher" in c for c in Options(teacher="live").cautions)
+    assert any("teacher_rate" in c for c in Options(teacher="ema", teacher_rate=0.9).cautions)
     assert any("alpha" in c for c in Options(alpha=0.5).cautions)
     assert any("support" in c for c in Options(alpha=1.0, support="sampled", top_k=None).cautions)

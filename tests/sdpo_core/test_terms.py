@@ -72,7 +72,7 @@ def test_only_the_student_receives_gradient(spec: DivergenceSpec) -> None:
     case = Case()
     fixed = [t.requires_grad_() for t in (case.teacher, case.old, case.old.detach().clone())]
     leaf = case.student.clone().requires_grad_()
-    terms = case.terms(spec, student=leaf, base_logp_BT=fixed[2], rollout_weights_BT=fixed[1].exp())
+    terms = case.terms(spec, student=leaf, base_logp_BT=fixed[2], token_weights_BT=fixed[1].exp())
     (terms.distill + terms.anchor).sum().backward()
     assert leaf.grad is not None
     assert all(t.grad is None for t in fixed)

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from api_schemas.training import TrainingSettings, resolve
 from sdpo_core.lora import LoraSpec, attached
 from sdpo_core.standing import Probe, update_standing
 from worker.base_model import BaseModel, load_base
@@ -153,6 +154,20 @@ def test_optimizer_state_is_carried_and_the_rate_is_the_lease_s(run: Any, make_l
     before, after = (load_file(root / d.uri / WEIGHTS) for d in (first, second))
     moved = max(float((before[k] - after[k]).abs().max()) for k in before)
     assert 0 < moved < 1e-5, "two steps at 1e-7 move a weight by 1e-7 each, or a little more: momentum is old"
+
+
+def test_a_moving_average_teacher_is_saved_with_each_version(run: Any, make_lease: Any, root: Path) -> None:
+    """Preset `lasgroup`: the state goes from version to version; a parent without one is where it starts."""
+    plain = run(make_lease())
+    assert not any("teacher" in f.name for f in plain.files)
+    averaged = {"training": resolve(TrainingSettings(preset="lasgroup", learning_rate=1e-3)).model_dump()}
+    first = run(make_lease(run_id="run2", parent=parent_of(plain), **averaged))
+    second = run(make_lease(run_id="run3", parent=parent_of(first, 2), **averaged))
+    counts = []
+    for done in (first, second):
+        assert {"trainer/teacher.json", "trainer/teacher.safetensors"} <= {f.name for f in done.files}
+        counts.append(json.loads((root / done.uri / "trainer" / "teacher.json").read_text())["updates"])
+    assert counts == [1, 2]
 
 
 def test_starting_from_the_parent_matters(run: Any, make_lease: Any, root: Path) -> None:

@@ -6,13 +6,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import ValidationError
 
-from api_schemas.training import TrainingSettings, resolve
-from sdpo_core.options import PRESETS
+from api_schemas.training import PresetName, TrainingSettings, resolve
+from sdpo_core.presets import PRESETS
 from worker.errors import TrainingFailedError
 from worker.mapping import options_of
 from worker.settings import from_flags
@@ -64,7 +64,7 @@ def test_the_supervisor_imports_no_torch() -> None:
     assert {"torch", "transformers", "peft", "safetensors", "numpy"}.isdisjoint(imported)
 
 
-@pytest.mark.parametrize("preset", sorted(PRESETS))
+@pytest.mark.parametrize("preset", get_args(PresetName))
 def test_presets_of_wire_and_algorithm_agree(preset: Any) -> None:
     ours = options_of(resolve(TrainingSettings(preset=preset)))
     theirs = PRESETS[preset]
