@@ -14,7 +14,8 @@ import httpx2
 import numpy as np
 
 from tests.service.peft_files import encode
-from tests.vllm.server import BASE, MODEL
+from demo.run import BASE_MODEL as BASE
+from demo.run import MODEL_DIR as MODEL
 
 Json = dict[str, Any]
 RANK, ALPHA = 4, 8
