@@ -47,6 +47,8 @@ class Load:
 
 
 PACED, FLOOD = Load(6, 60, 10), Load(4, 600, 0)
+REAL_PACED, REAL_FLOOD = Load(6, 16, 0), Load(2, 64, 0)
+"""A real engine on a CPU keeps its own pace."""
 
 
 def body(load: Load) -> Json:
@@ -80,16 +82,31 @@ async def round_of(url: str, key: str, streams: int, asked: Json, requests: int)
             client.close()
 
 
-async def compared(direct: str, gateway: str, key: str, streams: int, rounds: int) -> Json:
+@dataclass(frozen=True)
+class Pair:
+    """The engine, and the service in front of it."""
+
+    direct: str
+    gateway: str
+    key: str
+    pid: int
+
+
+async def compared(pair: Pair, streams: int, rounds: int, paced: Load, flood: Load) -> Json:
     """The figures for so many streams, direct and through the gateway in turn."""
     first: dict[str, list[float]] = {"direct": [], "gateway": []}
     speed: dict[str, list[float]] = {"direct": [], "gateway": []}
+    busy, passed = 0.0, 0
     for _ in range(rounds):
-        for name, url in (("direct", direct), ("gateway", gateway)):
-            answers, _ = await round_of(url, key, streams, body(PACED), PACED.requests)
+        for name, url in (("direct", pair.direct), ("gateway", pair.gateway)):
+            answers, _ = await round_of(url, pair.key, streams, body(paced), paced.requests)
             first[name] += [a.first * 1000 for a in answers]
-            answers, seconds = await round_of(url, key, streams, body(FLOOD), FLOOD.requests)
-            speed[name].append(sum(a.chunks for a in answers) / seconds)
+            before = cpu_seconds(pair.pid)
+            answers, seconds = await round_of(url, pair.key, streams, body(flood), flood.requests)
+            chunks = sum(a.chunks for a in answers)
+            speed[name].append(chunks / seconds)
+            if name == "gateway":
+                busy, passed = busy + cpu_seconds(pair.pid) - before, passed + chunks
     p50 = {name: statistics.median(values) for name, values in first.items()}
     return {
         "ttft_overhead_ms_p50": round(p50["gateway"] - p50["direct"], 3),
@@ -98,7 +115,14 @@ async def compared(direct: str, gateway: str, key: str, streams: int, rounds: in
         "direct_ttft_ms_p50": round(p50["direct"], 3),
         "chunks_per_s": round(statistics.median(speed["gateway"])),
         "direct_chunks_per_s": round(statistics.median(speed["direct"])),
+        "gateway_cpu_us_per_chunk": round(busy / passed * 1e6, 1),
     }
+
+
+def cpu_seconds(pid: int) -> float:
+    """What a process and its threads have computed so far: unlike wall time, hardly a matter of who else is there."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def service(data: Path, engine: str) -> LocalStack:
@@ -121,12 +145,13 @@ def wait_for(url: str, seconds: float = 60.0) -> None:
     raise RuntimeError(f"{url} does not answer")
 
 
-def measured(engine: str, counts: list[int], rounds: int) -> Json:
+def measured(engine: str, counts: list[int], rounds: int, paced: Load, flood: Load) -> Json:
     """Each figure, by number of streams."""
     with tempfile.TemporaryDirectory() as data:
         stack = service(Path(data), engine)
         try:
-            by_count = {n: asyncio.run(compared(engine, stack.url, stack.api_key, n, rounds)) for n in counts}
+            pair = Pair(engine, stack.url, stack.api_key, stack.processes["service"].pid)
+            by_count = {n: asyncio.run(compared(pair, n, rounds, paced, flood)) for n in counts}
         finally:
             stack.stop()
     names = next(iter(by_count.values()))
@@ -143,12 +168,13 @@ def main() -> None:
     engine = subprocess.Popen([sys.executable, "-m", "benchmarks.sse_engine", str(port)], cwd=ROOT)  # noqa: S603
     try:
         wait_for(f"http://127.0.0.1:{port}/health")
-        report = measured(f"http://127.0.0.1:{port}", options.streams, options.rounds)
+        report = measured(f"http://127.0.0.1:{port}", options.streams, options.rounds, PACED, FLOOD)
     finally:
         engine.terminate()
         engine.wait(10)
     if options.vllm:
-        report["vllm"] = measured(options.vllm, options.streams, options.rounds)
+        report["vllm"] = measured(options.vllm, options.streams, options.rounds, REAL_PACED, REAL_FLOOD)
+    # With more work than cores every process waits: the load says what the figures are worth.
     report |= {"aim": AIM, "rounds": options.rounds, "cpus": os.cpu_count(), "load": os.getloadavg()[0]}
     REPORT.parent.mkdir(parents=True, exist_ok=True)
     REPORT.write_text(json.dumps(report, indent=2) + "\n")
