@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,7 +21,8 @@ from tests.vllm.server import wait_engine
 from tests.vllm.tenant import Tenant, weights
 
 pytestmark = pytest.mark.slow
-PATIENCE = 60.0
+PATIENCE = 200.0
+"""Seconds; on a busy machine an engine starts slowly."""
 
 
 class EngineProcess:
@@ -61,8 +62,7 @@ class EngineProcess:
         return {m["id"] for m in httpx2.get(f"{self.url}/v1/models", timeout=5.0).json()["data"]} - {BASE_MODEL}
 
 
-def eventually(what: object, timeout: float = PATIENCE) -> None:
-    assert callable(what)
+def eventually(what: Callable[[], bool], timeout: float = PATIENCE) -> None:
     until = time.monotonic() + timeout
     while not what():
         assert time.monotonic() < until, "waited too long"
@@ -124,6 +124,7 @@ def test_an_engine_killed_under_load_leaves_its_traffic_to_the_other(
             elif answer.json()["choices"][0]["token_ids"] != truth[prompt]:
                 wrong.append(answer.text)
             turn += 1
+            time.sleep(0.05)  # leave the machine some room to start an engine in
 
     with ThreadPoolExecutor(4) as pool:
         running = [pool.submit(client, i) for i in range(4)]
@@ -143,6 +144,6 @@ def test_an_engine_killed_under_load_leaves_its_traffic_to_the_other(
     assert wrong == []
     assert len(failures) <= 4, "those in flight on it, each once"
     for at, answer in failures:
-        assert killed <= at < killed + 2.0
+        assert killed <= at < killed + 10.0
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_unavailable")
         assert int(answer.headers["retry-after"]) > 0
