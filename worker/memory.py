@@ -28,7 +28,8 @@ HELD_MORE = {"cpu": 2.2, "cuda": 1.15}
 """What the allocator holds over what is saved for the backward pass. cpu: measured with glibc, 2.1 in float32 and 1.7
 in bfloat16 (1.0 when every block is unmapped at once). cuda: an allowance, not measured."""
 PROCESS_BYTES = {"cpu": 600 * 2**20, "cuda": 1536 * 2**20}
-"""Interpreter, libraries and their workspaces. cpu: 370 MB measured before the first batch. cuda: an allowance for context and workspaces on the device."""
+"""Interpreter, libraries and their workspaces. cpu: 370 MB measured before the first batch. cuda: an allowance for
+context and workspaces on the device."""
 VLLM_BYTES = 3 * GIB
 """Allowance for vLLM's context, profiling peak and CUDA graphs."""
 

@@ -11,7 +11,7 @@ from tests.vllm.server import vllm_python
 CODE = """
 import json, sys
 import vllm.envs as envs
-from vllm.entrypoints.openai.cli_args import make_arg_parser
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 flags, variables = json.loads(sys.argv[1])
 parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(flags)
