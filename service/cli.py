@@ -21,7 +21,7 @@ from service.cli_client import adapters_app, chat, feedback_app, jobs_app
 from service.db import migrate as migrations
 from service.db.engine import Database
 from service.errors import PerennialError
-from service.local import LocalConfig, LocalStack, PartFailed
+from service.local import LocalConfig, LocalStack, PartFailed, check_memory
 from service.settings import Settings
 from service.store import keys
 
@@ -48,8 +48,9 @@ def up(
     """Service, worker and embedded engine in one go."""
     name = base_model or ("perennial-demo" if model == DEMO_MODEL else model.absolute().name)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    stack = LocalStack(LocalConfig(data_dir, model, name, host=host, port=port, device=device))
     try:
+        check_memory(model, device)
+        stack = LocalStack(LocalConfig(data_dir, model, name, host=host, port=port, device=device))
         with stack:
             typer.echo(f"Perennial is up: {stack.url}\nAPI key:         {stack.api_key}")
             typer.echo(f"Base model:      {name}\nLogs:            {stack.data / 'logs'}\nCtrl-C stops it.")
@@ -91,6 +92,12 @@ def worker(ctx: typer.Context) -> None:
 def engine(ctx: typer.Context) -> None:
     """The embedded inference engine; `perennial engine --help` lists its options."""
     os.execv(sys.executable, [sys.executable, "-m", "worker.engine", *ctx.args])  # noqa: S606 - our own module
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def preflight(ctx: typer.Context) -> None:
+    """Will model, training and engine fit this machine? `perennial preflight --help` lists its options."""
+    os.execv(sys.executable, [sys.executable, "-m", "worker.preflight", *ctx.args])  # noqa: S606 - our own module
 
 
 @app.command()

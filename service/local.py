@@ -53,6 +53,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def check_memory(model_dir: Path, device: str) -> None:
+    """Raises PartFailed, with the plan, where engine and worker cannot fit together (`perennial preflight`)."""
+    command = [sys.executable, "-m", "worker.preflight", "--model", str(model_dir), "--device", device]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)  # noqa: S603 - our module
+    if done.returncode == 1:
+        raise PartFailed(done.stderr.strip())
+
+
 class LocalStack:
     """Start, watch and stop the parts. Also a context manager."""
 

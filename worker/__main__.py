@@ -1,5 +1,5 @@
 """`python -m worker`: lease jobs from a service and train them. Exit status: 0 after a shutdown by signal, 1 when the
-base model cannot be loaded, 2 for wrong settings, 3 when the service does not take this worker."""
+base model does not fit or cannot be loaded, 2 for wrong settings, 3 when the service does not take this worker."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 from pydantic import ValidationError
 
-from worker.errors import RefusedError, TrainerUnavailableError, UnauthorisedError
+from worker import preflight
+from worker.errors import DoesNotFitError, RefusedError, TrainerUnavailableError, UnauthorisedError
 from worker.service_client import ServiceClient, http_client
 from worker.settings import WorkerSettings, from_flags
 from worker.supervisor import Supervisor
@@ -46,8 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log.error("the worker token cannot be read: %s", error)
         return 2
     try:
+        preflight.check_worker(settings)
         asyncio.run(work(settings, token))
-    except TrainerUnavailableError as error:
+    except (DoesNotFitError, TrainerUnavailableError) as error:
         log.error("%s", error)
         return 1
     except (UnauthorisedError, RefusedError) as error:

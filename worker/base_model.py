@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from worker.memory import Quantise
 from worker.settings import Device, Dtype
 
 
@@ -24,23 +25,43 @@ class BaseModel:
     window: int
     """Most positions of one sequence, prompt and response together."""
 
+    batch_tokens: int = 8192
+    """Padded tokens of one micro-batch that this machine's memory takes."""
+
     @property
     def device(self) -> torch.device:
         return next(self.module.parameters()).device
 
 
-def load_base(directory: Path, name: str, device: Device, dtype: Dtype) -> BaseModel:
-    """Load from local files only; code that a model directory brings along is never run. Raises OSError, ValueError."""
+def load_base(directory: Path, name: str, device: Device, dtype: Dtype, quantise: Quantise = "none") -> BaseModel:
+    """Load from local files only; code that a model directory brings along is never run. Raises OSError, ValueError.
+
+    `quantise` "4bit": the layers' matrices as NF4 through bitsandbytes (about 0.52 bytes per weight), everything else
+    in `dtype`; ValueError without CUDA.
+    """
     place = _device(device)
+    extra = _four_bit(place, _dtype(dtype, place)) if quantise == "4bit" else {}
     module: nn.Module = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=_dtype(dtype, place), local_files_only=True, trust_remote_code=False, use_safetensors=True
-    )
+        directory, dtype=_dtype(dtype, place), local_files_only=True, trust_remote_code=False, use_safetensors=True,
+        **extra,
+    )  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     if tokenizer.chat_template is None:
         raise ValueError(f"the tokenizer in {directory} has no chat template")
     config: Any = module.config
     module.requires_grad_(False)
-    return BaseModel(name, module.to(place).eval(), tokenizer, int(config.max_position_embeddings))
+    placed = module if extra else module.to(place)  # quantised weights were put there as they were loaded
+    return BaseModel(name, placed.eval(), tokenizer, int(config.max_position_embeddings))
+
+
+def _four_bit(place: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """What `from_pretrained` is told for 4-bit weights."""
+    if place.type != "cuda":
+        raise ValueError("quantise 4bit needs an NVIDIA GPU (CUDA)")
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    return {"quantization_config": config, "device_map": {"": place.index or 0}}
 
 
 def _device(wanted: Device) -> torch.device:

@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -110,7 +110,8 @@ def serve(arguments: argparse.Namespace, channel_socket: socket.socket) -> None:
         torch.set_num_threads(arguments.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
     disable_progress_bar()
-    base = load_base(arguments.model, arguments.base_model, arguments.device, arguments.dtype)
+    base = load_base(arguments.model, arguments.base_model, arguments.device, arguments.dtype, arguments.quantise)
+    base = replace(base, batch_tokens=arguments.batch_tokens)
     channel = Channel(channel_socket)
     parameters = sum(p.numel() for p in base.module.parameters())
     channel.send(Ready(parameters=parameters, device=str(base.device)))
@@ -127,6 +128,8 @@ def main() -> None:
     flags.add_argument("--adapters-root", type=Path, required=True)
     flags.add_argument("--device", choices=["auto", "cpu", "cuda"], required=True)
     flags.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], required=True)
+    flags.add_argument("--quantise", choices=["none", "4bit"], default="none")
+    flags.add_argument("--batch-tokens", type=int, default=8192)
     flags.add_argument("--threads", type=int)
     arguments = flags.parse_args()
     die_with(arguments.parent_pid)

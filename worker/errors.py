@@ -53,3 +53,7 @@ class TrainingFailedError(WorkerError):
 
 class StoppedError(WorkerError):
     """Raised between steps when the supervisor has asked the training process to stop."""
+
+
+class DoesNotFitError(WorkerError):
+    """The memory that is there cannot hold what was planned; the message is the plan and what to change."""

@@ -96,7 +96,7 @@ def _prepare(lease: Lease, base: BaseModel, root: Path) -> _Prepared:
     clear_leftovers(root, lease.adapter_id, lease.token)
     return _Prepared(
         lease=lease,
-        options=options_of(lease.training),
+        options=options_of(lease.training).replace(micro_batch_tokens=base.batch_tokens),
         parent=verified_parent(root, lease),
         samples=samples_of(lease, base),
     )

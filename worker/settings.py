@@ -41,6 +41,12 @@ class WorkerSettings(BaseSettings):
     device: Device = "auto"
     dtype: Dtype = "auto"
     """Of the frozen base weights; auto = float32 on a CPU, bfloat16 on a GPU."""
+    quantise: Literal["none", "4bit"] = "none"
+    """4bit: the frozen base weights as NF4 through bitsandbytes; needs an NVIDIA GPU."""
+    batch_tokens: Annotated[int, Field(ge=1, le=1 << 24)] = 8192
+    """Padded tokens of one micro-batch; fewer take less memory. One sample at least."""
+    preflight: Literal["refuse", "off"] = "refuse"
+    """Whether a plan that does not fit the free memory ends the worker before it loads anything."""
     threads: Annotated[int, Field(ge=1, le=256)] | None = None
     """Torch threads of the training process; None = torch's own choice."""
     poll_seconds: Annotated[float, Field(ge=0.1, le=30)] = 2.0
@@ -82,6 +88,9 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--worker-id")
     flags.add_argument("--device", choices=["auto", "cpu", "cuda"])
     flags.add_argument("--dtype", choices=["auto", "float32", "bfloat16"])
+    flags.add_argument("--quantise", choices=["none", "4bit"], help="4bit needs an NVIDIA GPU and bitsandbytes")
+    flags.add_argument("--batch-tokens", type=int, help="padded tokens of one micro-batch: fewer take less memory")
+    flags.add_argument("--preflight", choices=["refuse", "off"], help="off: start even if the plan does not fit")
     flags.add_argument("--threads", type=int, help="torch threads of the training process")
     return flags
 

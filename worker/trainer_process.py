@@ -129,6 +129,8 @@ class TrainerProcess:
             "--adapters-root": s.adapters_root,
             "--device": s.device,
             "--dtype": s.dtype,
+            "--quantise": s.quantise,
+            "--batch-tokens": s.batch_tokens,
         } | ({"--threads": s.threads} if s.threads else {})
         return [sys.executable, "-m", "worker.child", *(str(word) for pair in flags.items() for word in pair)]
 

@@ -182,3 +182,4 @@ def test_preflight_plans_with_what_vllm_and_the_worker_get() -> None:
     shared = ("--max-lora-rank", "--max-loras", "--gpu-memory-utilization", "--max-model-len", "--model")
     assert {f: flags[f] for f in shared} == {f: vllm[f] for f in shared}
     assert flags["--quantise"] == ALL["worker"]["environment"]["PERENNIAL_WORKER_QUANTISE"]
+    assert flags["--batch-tokens"] == str(ALL["worker"]["environment"]["PERENNIAL_WORKER_BATCH_TOKENS"])
