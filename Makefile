@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test test-fast lint types format clean
+.PHONY: install demo test test-fast check-mutants lint types format clean
 
 install: .venv/.installed
 
@@ -28,6 +28,10 @@ test: lint types
 
 test-fast: install
 	$(BIN)/pytest -m "not slow"
+
+# Plants defects in a copy of sdpo_core and shows which test notices each; fails if one survives.
+check-mutants: install
+	$(BIN)/python tests/sdpo_core/mutants.py
 
 format: install
 	$(BIN)/ruff format .
