@@ -5,7 +5,7 @@ BIN := .venv/bin
 # The environment of a real vLLM for the tests; one that is there already can be named by PERENNIAL_VLLM_PYTHON.
 VLLM_ENV := .venv-vllm
 
-.PHONY: install vllm-env demo test test-fast check-swap check-gateway lint types format clean
+.PHONY: install vllm-env demo test test-fast check-swap check-gateway check-mutants lint types format clean
 
 install: .venv/.installed
 
@@ -44,6 +44,10 @@ check-swap: install vllm-env
 # Overhead of the gateway against the engine asked directly: build/reports/gateway.json
 check-gateway: install
 	$(BIN)/python -m benchmarks.gateway
+
+# Plants defects in a copy of sdpo_core and shows which test notices each; fails if one survives.
+check-mutants: install
+	$(BIN)/python tests/sdpo_core/mutants.py
 
 format: install
 	$(BIN)/ruff format .

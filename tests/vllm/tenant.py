@@ -13,9 +13,9 @@ from typing import Any
 import httpx2
 import numpy as np
 
-from tests.service.peft_files import encode
 from demo.run import BASE_MODEL as BASE
 from demo.run import MODEL_DIR as MODEL
+from tests.service.peft_files import encode
 
 Json = dict[str, Any]
 RANK, ALPHA = 4, 8
