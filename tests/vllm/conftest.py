@@ -42,7 +42,7 @@ def make_vllm(tmp_path_factory: pytest.TempPathFactory) -> MakeServer:
 @pytest.fixture(scope="session")
 def vllm(make_vllm: MakeServer) -> Iterator[VllmServer]:
     """One server for all tests that neither kill it nor harm it."""
-    with make_vllm() as server:
+    with make_vllm(flags=("--enable-auto-tool-choice", "--tool-call-parser", "hermes")) as server:
         yield server
 
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -18,19 +15,11 @@ from sqlalchemy import text
 
 from demo.run import BASE_MODEL, MODEL_DIR
 from service.db.engine import Database
-from service.local import LocalConfig, LocalStack, free_port
+from service.local import LocalConfig, LocalStack
+from tests.vllm.server import VllmServer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 Json = dict[str, Any]
-PYTHON = os.environ.get("PERENNIAL_VLLM_PYTHON", "/tmp/vllm-env/bin/python")  # noqa: S108 - until the Makefile sets it
-OPTIONS = [
-    "--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--enable-lora", "--max-lora-rank", "16",
-    "--max-loras", "4", "--api-server-count", "1", "--enable-auto-tool-choice", "--tool-call-parser", "hermes",
-]  # fmt: skip
-ENVIRONMENT = {
-    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1",
-    "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
-}  # fmt: skip
 TOOLS: list[Json] = [
     {
         "type": "function",
@@ -52,45 +41,16 @@ TALK: list[Json] = [
 ]
 
 
-@pytest.fixture(scope="session")
-def start_vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., str]]:
-    """Starts a server of the demonstration model with further options; its URL. All end with the session."""
-    started: list[subprocess.Popen[bytes]] = []
-
-    def start(*options: str) -> str:
-        port = free_port()
-        command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(MODEL_DIR)]
-        command += ["--served-model-name", BASE_MODEL, "--host", "127.0.0.1", "--port", str(port), *OPTIONS, *options]
-        log = tmp_path_factory.mktemp("vllm") / "vllm.log"
-        with log.open("wb") as out:
-            process = subprocess.Popen(command, env=os.environ | ENVIRONMENT, stdout=out, stderr=out)
-        started.append(process)
-        _wait_for(f"http://127.0.0.1:{port}/health", process, log)
-        return f"http://127.0.0.1:{port}"
-
-    yield start
-    for process in started:
-        process.terminate()
-    for process in started:
-        process.wait(60)
-
-
-def _wait_for(url: str, process: subprocess.Popen[bytes], log: Path, seconds: float = 400.0) -> None:
+def _wait_for(url: str, stack: LocalStack, seconds: float = 60.0) -> None:
     until = time.monotonic() + seconds
     while time.monotonic() < until:
-        assert process.poll() is None, log.read_text(errors="replace")[-3000:]
+        assert stack.alive("service"), stack.tail("service")
         try:
             if httpx2.get(url, timeout=2.0).status_code == 200:
                 return
         except httpx2.TransportError:
             time.sleep(0.2)
-    raise AssertionError(log.read_text(errors="replace")[-3000:])
-
-
-@pytest.fixture(scope="session")
-def vllm_url(start_vllm: Callable[..., str]) -> str:
-    """While writing tests, PERENNIAL_VLLM_URL names a server that runs already."""
-    return os.environ.get("PERENNIAL_VLLM_URL") or start_vllm()
+    raise AssertionError(stack.tail("service"))
 
 
 class Front:
@@ -147,7 +107,7 @@ def make_front(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[s
         data = tmp_path_factory.mktemp("front")
         stack = LocalStack(LocalConfig(data, MODEL_DIR, BASE_MODEL, port=0, threads=1, settings=settings))
         stack.start("service")
-        _wait_for(f"{stack.url}/healthz", stack.processes["service"], data / "logs" / "service.log")
+        _wait_for(f"{stack.url}/healthz", stack)
         made.append(Front(vllm_url, stack))
         return made[-1]
 
@@ -158,8 +118,8 @@ def make_front(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[s
 
 
 @pytest.fixture(scope="session")
-def front(vllm_url: str, make_front: Callable[[str], Front]) -> Front:
-    return make_front(vllm_url)
+def front(vllm: VllmServer, make_front: Callable[[str], Front]) -> Front:
+    return make_front(vllm.url)
 
 
 CHATS: dict[str, Json] = {
@@ -317,12 +277,13 @@ def test_vllms_refusals_are_honest_errors(front: Front) -> None:
 
 
 def test_a_server_of_processed_log_probs_is_recognised(
-    start_vllm: Callable[..., str], make_front: Callable[[str], Front]
+    make_vllm: Callable[..., VllmServer], make_front: Callable[[str], Front]
 ) -> None:
     """Then the values are the policy that drew the answer, at any temperature."""
-    front = make_front(start_vllm("--logprobs-mode", "processed_logprobs"))
-    body = {"messages": TALK[:2], "temperature": 0.7, "top_p": 0.9, "seed": 7, "max_tokens": 8}
-    row = front.kept(front.streamed("/v1/chat/completions", body)[0]["id"])
-    assert row["logprobs_mode"] == "processed_logprobs"
-    own = front.own("/v1/chat/completions", body)["choices"][0]
-    assert row["logprobs"] == pytest.approx([e["logprob"] for e in own["logprobs"]["content"]], abs=2e-5)
+    with make_vllm(flags=("--logprobs-mode", "processed_logprobs")) as server:
+        front = make_front(server.url)
+        body = {"messages": TALK[:2], "temperature": 0.7, "top_p": 0.9, "seed": 7, "max_tokens": 8}
+        row = front.kept(front.streamed("/v1/chat/completions", body)[0]["id"])
+        assert row["logprobs_mode"] == "processed_logprobs"
+        own = front.own("/v1/chat/completions", body)["choices"][0]
+        assert row["logprobs"] == pytest.approx([e["logprob"] for e in own["logprobs"]["content"]], abs=2e-5)
