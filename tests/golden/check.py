@@ -56,7 +56,6 @@ claas_steps    policy (ToyPolicy below; trainable parameters policy.A and policy
 Case kinds: ``match`` = compare with the reference; ``finite`` = the reference itself returns NaN/Inf or a
 meaningless value there, so loss and gradient must be finite, and equal to ``expect`` where that is given (float64 log-space value).
 """
-
 from __future__ import annotations
 
 import argparse, importlib, importlib.util, json, math, os, sys
@@ -75,10 +74,8 @@ class ToyPolicy(torch.nn.Module):
 
     def __init__(self, E, W, A, B):
         super().__init__()
-        self.register_buffer("E", E.clone())
-        self.register_buffer("W", W.clone())
-        self.A = torch.nn.Parameter(A.clone())
-        self.B = torch.nn.Parameter(B.clone())
+        self.register_buffer("E", E.clone()); self.register_buffer("W", W.clone())
+        self.A = torch.nn.Parameter(A.clone()); self.B = torch.nn.Parameter(B.clone())
 
     def logits(self, ids, adapter=True):
         e = self.E[ids]
@@ -98,7 +95,7 @@ class Bundle:
     def tensor(self, ref):
         kind, off, shape = self.index["arrays"][ref["key"]]
         n = int(np.prod(shape)) if shape else 1
-        t = torch.from_numpy(self.flat[kind][off : off + n].reshape(shape).copy())
+        t = torch.from_numpy(self.flat[kind][off:off + n].reshape(shape).copy())
         return t.to(DT[ref["dtype"]])
 
     def value(self, v):
@@ -156,11 +153,9 @@ def check_case(bundle, case, adapter):
     try:
         out = adapter(fam, dict(case["settings"]), dict(inputs))
     except Exception as e:  # a crash is a failure, with its reason kept
-        res.update(status="FAIL", error=f"{type(e).__name__}: {e}")
-        return res
+        res.update(status="FAIL", error=f"{type(e).__name__}: {e}"); return res
     if out is None:
-        res["status"] = "skipped"
-        return res
+        res["status"] = "skipped"; return res
     exp = {k: bundle.value(v) for k, v in case["expect"].items()}
     tol = case["tol"]
 
@@ -174,8 +169,7 @@ def check_case(bundle, case, adapter):
     if fam in LOSS_FAMILIES:
         loss = out.get("loss")
         if loss is None or not torch.is_tensor(loss) or loss.numel() != 1:
-            res.update(status="FAIL", error="adapter returned no scalar loss tensor")
-            return res
+            res.update(status="FAIL", error="adapter returned no scalar loss tensor"); return res
         g = None
         if grad_leaf is not None:
             if loss.requires_grad:
@@ -207,14 +201,13 @@ def check_case(bundle, case, adapter):
         for i, (got, want) in enumerate(zip(steps, exp["metrics_per_step"])):
             for k, v in want.items():
                 if k in got:
-                    note(f"step{i + 1}.{k}", *_cmp(float(got[k]), v))
+                    note(f"step{i+1}.{k}", *_cmp(float(got[k]), v))
         for k in ("A", "B"):
             note(k, *_cmp(out[k], exp[k]))
     else:
         for k, v in exp.items():
             if k not in out:
-                res.update(status="FAIL", error=f"missing output {k}")
-                return res
+                res.update(status="FAIL", error=f"missing output {k}"); return res
             if isinstance(v, list):
                 for i, (a, b) in enumerate(zip(out[k], v)):
                     note(f"{k}[{i}]", *_cmp(a, b))
@@ -225,11 +218,8 @@ def check_case(bundle, case, adapter):
 
 def run(set_name, adapter, families=None, name_contains=None):
     b = load(set_name)
-    return [
-        check_case(b, c, adapter)
-        for c in b.index["cases"]
-        if (not families or c["family"] in families) and (not name_contains or name_contains in c["name"])
-    ]
+    return [check_case(b, c, adapter) for c in b.index["cases"]
+            if (not families or c["family"] in families) and (not name_contains or name_contains in c["name"])]
 
 
 def summarize(results):
@@ -249,8 +239,7 @@ def load_adapter(spec):
     if mod.endswith(".py"):
         sys.path.insert(0, os.path.dirname(os.path.abspath(mod)))
         sp = importlib.util.spec_from_file_location("golden_adapter", mod)
-        m = importlib.util.module_from_spec(sp)
-        sp.loader.exec_module(m)
+        m = importlib.util.module_from_spec(sp); sp.loader.exec_module(m)
     else:
         m = importlib.import_module(mod)
     return getattr(m, attr or "adapter")
@@ -276,14 +265,10 @@ def main(argv=None):
             if a.v or fail:
                 worst = max(((q["err"], n) for n, q in r["quantities"].items()), default=(0.0, "-"))
                 failed = [n for n, q in r["quantities"].items() if not q["ok"]]
-                print(
-                    f"{r['status']:8s} {s}:{r['name']}  max_abs_err={worst[0]:.3e} ({worst[1]}) {failed or ''} {r.get('error', '')}"
-                )
+                print(f"{r['status']:8s} {s}:{r['name']}  max_abs_err={worst[0]:.3e} ({worst[1]}) {failed or ''} {r.get('error','')}")
         print(f"== set {s}")
         for f, v in summarize(res).items():
-            print(
-                f"   {f:18s} ok={v['ok']:3d} FAIL={v['FAIL']:3d} skipped={v['skipped']:3d} max_abs_err={v['max_err']:.3e} worst_err/limit={v['of_limit']:.3f}"
-            )
+            print(f"   {f:18s} ok={v['ok']:3d} FAIL={v['FAIL']:3d} skipped={v['skipped']:3d} max_abs_err={v['max_err']:.3e} worst_err/limit={v['of_limit']:.3f}")
         allres += [{"set": s, **r} for r in res]
     if a.json:
         Path(a.json).write_text(json.dumps(allres, indent=1))
