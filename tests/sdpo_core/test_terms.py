@@ -208,3 +208,12 @@ def test_missing_parts_of_a_target_are_named() -> None:
     whole = Target(torch.log_softmax(case.teacher, -1))
     with pytest.raises(ValueError, match="top-K indices"):
         token_terms(case.student, whole, case.ids, case.mask, spec, is_clip=None)
+
+
+def test_weights_carry_no_gradient_whatever_they_are_given() -> None:
+    """Each function by itself: callers that forget to detach must not turn a weight into a loss."""
+    logp, old = (torch.full((1, 3), x, requires_grad=True) for x in (-1.0, -1.5))
+    assert not importance_ratio(logp, old, 2.0).requires_grad
+    assert not rollout_weights(logp - old, torch.ones(1, 3)).requires_grad
+    target = teacher_target(torch.zeros(1, 3, V, requires_grad=True), torch.zeros(1, 3, dtype=torch.long), SPECS[0])
+    assert not target.logp.requires_grad
