@@ -19,8 +19,9 @@ SUPPORTS = {"teacher_topk": "teacher", "student_topk": "student", "full": "full"
 SHARED = ("outside", "is_clip", "steps", "refresh", "base_kl_weight", "learning_rate", "weight_decay", "max_grad_norm")
 
 
-def test_every_preset_of_the_service_is_one_of_the_library() -> None:
+def test_every_preset_of_the_wire_is_one_of_the_library() -> None:
     """The library has more: presets for signals and rollouts that feedback jobs do not have."""
+    assert set(get_args(PresetName)) == {"default", "claas", "lasgroup"}
     assert set(get_args(PresetName)) <= set(PRESETS)
 
 

@@ -92,6 +92,7 @@ def test_oldest_standing_remarks_give_way_first(tokenizer: PreTrainedTokenizerFa
     cut = teacher_prompt(tokenizer, QUESTION, "own", standing, limit=len(whole.ids) - 1)
     assert cut.dropped == ("oldest remark",)
     assert cut.remarks == ("middle remark", "younger remark", "own")
+    assert list(cut.ids) == chat_ids(tokenizer, teacher_messages(QUESTION, cut.remarks))
     assert tokenizer.decode(cut.ids).endswith("<|im_start|>assistant\n")
     least = teacher_prompt(tokenizer, QUESTION, "own", limit=1000)
     bare = teacher_prompt(tokenizer, QUESTION, "own", standing, limit=len(least.ids))
