@@ -118,3 +118,9 @@ class LoraSettings(Request):
     target_modules: Annotated[list[ModuleName], Field(min_length=1, max_length=32)] = Field(
         default=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
+
+    @model_validator(mode="after")
+    def _named_once(self) -> LoraSettings:
+        if len(set(self.target_modules)) != len(self.target_modules):
+            raise ValueError("target_modules names a module twice")
+        return self

@@ -130,8 +130,12 @@ class _Judge:
         return self.effect([], [remark])
 
     def silent(self, remark: str) -> bool:
-        """Told alone, it changes nothing on these prompts."""
-        return _peak(self.alone(remark)) < self.eps
+        """Told alone, it changes nothing on these prompts, and an answer that was judged to its end could show it.
+
+        Where every answer leaves what the teacher finds plausible, most of it was not looked at: no verdict, it stands.
+        """
+        shift = self.alone(remark)
+        return _peak(shift) < self.eps and any(not bool(kl_T.isnan().any()) for kl_T in shift)
 
     def adds(self, remark: str, stand: Sequence[str]) -> bool:
         """Told after the standing remarks, it changes the answers, or asks for what they do not bring about."""

@@ -65,7 +65,8 @@ def up(
 def serve() -> None:
     """The service alone, set up by PERENNIAL_* variables (docs/operations.md)."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    logging.getLogger("httpx2").setLevel(logging.WARNING)
+    for library in ("httpx2", "alembic"):
+        logging.getLogger(library).setLevel(logging.WARNING)
     settings = Settings()
     _migrated(settings).close()
     try:

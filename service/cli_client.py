@@ -20,8 +20,11 @@ Name = Annotated[str, typer.Argument(help="The adapter's name.")]
 
 def call(method: str, path: str, *, headers: dict[str, str] | None = None, **kwargs: Any) -> httpx2.Response:
     """One API call; an error answer ends the command with its sentence."""
-    url = os.environ.get("PERENNIAL_URL", "http://127.0.0.1:8700")
-    key = os.environ.get("PERENNIAL_API_KEY", "")
+    url = os.environ.get("PERENNIAL_URL", "http://127.0.0.1:8700").rstrip("/")
+    key = os.environ.get("PERENNIAL_API_KEY", "").strip()
+    if not (key.isascii() and key.replace("_", "").isalnum()):
+        typer.echo("Set PERENNIAL_API_KEY to a key made by `perennial keys create`.", err=True)
+        raise typer.Exit(1)
     try:
         response = httpx2.request(
             method, url + path, headers={"authorization": f"Bearer {key}", **(headers or {})}, timeout=300.0, **kwargs

@@ -61,6 +61,17 @@ def check_memory(model_dir: Path, device: str) -> None:
         raise PartFailed(done.stderr.strip())
 
 
+def taken(host: str, port: int) -> bool:
+    """Whether somebody listens there already: their answers would be taken for ours."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return True
+        return False
+
+
 class LocalStack:
     """Start, watch and stop the parts. Also a context manager."""
 
@@ -75,6 +86,7 @@ class LocalStack:
 
     def _prepare(self) -> None:
         (self.data / "logs").mkdir(parents=True, exist_ok=True)
+        self.data.chmod(0o700)  # the database holds prompts and remarks
         self.api_key = first_run.prepare(self._settings(), self.data / "client.key", self.data / "worker.key")
 
     def _settings(self) -> Settings:
@@ -181,6 +193,8 @@ class LocalStack:
                 self.start(part)
 
     def __enter__(self) -> Self:
+        if taken(self.config.host, self.port):
+            raise PartFailed(f"port {self.port} of {self.config.host} is taken: choose another with --port")
         try:
             self.start()
             self.wait_ready()

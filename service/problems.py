@@ -72,6 +72,12 @@ def from_validation(errors: Sequence[Any]) -> PerennialError:
         return Unprocessable(message, code="unknown_parameter", param=param)
     if first["type"] == "missing":
         return Unprocessable(f"'{param}' is required.", code="missing_parameter", param=param)
+    if param == "body":
+        return Unprocessable(
+            "The body must be a JSON object, sent with 'content-type: application/json'.",
+            code="invalid_parameter",
+            param=param,
+        )
     reason = str(first["msg"]).removeprefix("Value error, ")
     return Unprocessable(f"'{param}': {reason}.", code="invalid_parameter", param=param)
 

@@ -56,6 +56,8 @@ class Settings(BaseSettings):
     """Seconds before the second attempt; doubles with each."""
     max_queued_jobs: Annotated[int, Field(ge=1)] = 1000
     """Per adapter; more are answered with 429."""
+    max_lora_rank: Annotated[int, Field(ge=1)] = 64
+    """What the engines were started with (`--max-lora-rank`): adapters of a higher rank are refused at creation."""
     max_adapters: Annotated[int, Field(ge=1)] = 1000
     """Per tenant; more are answered with 429."""
     worker_seen_seconds: Annotated[float, Field(gt=0)] = 45.0

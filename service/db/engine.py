@@ -7,6 +7,7 @@ on such a build the rollback journal is used instead.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Iterator
@@ -34,6 +35,8 @@ try:
     from pysqlite3 import dbapi2 as sqlite
 except ImportError:  # no wheel for this platform
     import sqlite3 as sqlite
+
+log = logging.getLogger(__name__)
 
 WAL_SAFE_SINCE = (3, 51, 3)
 
@@ -126,6 +129,8 @@ def _mapped_errors() -> Iterator[None]:
     except (IntegrityError, ProgrammingError, DataError):
         raise
     except (DatabaseError, InterfaceError, PoolTimeout) as error:
+        # The driver's own words: the statement's parameters, which hold texts of users, are not among them.
+        log.error("database: %s: %s", type(error).__name__, getattr(error, "orig", error))
         raise _unavailable() from error
 
 

@@ -43,6 +43,12 @@ def check_creation(context: Context, request: wire.AdapterCreate) -> None:
         )
     if request.name == context.base_model:
         raise Conflict("This is the base model's own name.", code="adapter_exists", param="name")
+    if request.lora.rank > context.settings.max_lora_rank:
+        raise Unprocessable(
+            f"The engine serves ranks up to {context.settings.max_lora_rank}.",
+            code="rank_too_high",
+            param="lora.rank",
+        )
     found = {m.rsplit(".", 1)[-1] for m in context.base_shapes}
     if absent := sorted(set(request.lora.target_modules) - found):
         raise Unprocessable(

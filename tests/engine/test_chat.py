@@ -210,6 +210,13 @@ def test_neutral_and_unknown_fields_are_ignored(client: TestClient) -> None:
     assert chat(client, **extra).json()["choices"][0] == plain
 
 
+def test_a_huge_prompt_is_refused_before_it_is_tokenised(client: TestClient) -> None:
+    """30 MB take the tokenizer a minute, and nobody is served meanwhile: the answer counts characters, not tokens."""
+    message = error(client, messages=[{"role": "user", "content": "ab " * 1_000_000}])["message"]
+    assert "maximum context length is 512 tokens" in message
+    assert "3000000 characters" in message
+
+
 def test_prompt_too_long_says_both_lengths(client: TestClient) -> None:
     message = error(client, messages=[{"role": "user", "content": "x" * 600}])["message"]
     assert "maximum context length is 512 tokens" in message

@@ -93,6 +93,16 @@ def test_what_the_answers_cannot_show_is_not_decided() -> None:
     assert select(["start=wow"], ["end=hope"], teacher).remarks == ("start=wow", "end=hope")
 
 
+def test_no_verdict_on_answers_that_were_not_judged_to_their_end() -> None:
+    """The student wrote what the teacher never would: where that begins, looking ends. That is no proof of praise."""
+    nan = math.nan
+    cut = [torch.tensor([0.001, nan, nan]), torch.tensor([0.002, 0.001, nan])]
+    whole = [*cut, torch.tensor([0.001, 0.002, 0.001])]
+    assert select([], ["end=hope"], lambda *_: cut).remarks == ("end=hope",)
+    result = select([], ["well done"], lambda *_: whole)
+    assert result.dropped == (("well done", "changes_nothing"),)
+
+
 def test_repeats_that_slipped_in_are_merged_into_the_older_one() -> None:
     result = select(["end=hope#1", "end=hope#2", "case=upper"], ["lovely"], Obedient())
     assert result.remarks == ("end=hope#1", "case=upper")

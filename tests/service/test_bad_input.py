@@ -72,6 +72,8 @@ BAD_BODIES: list[tuple[str, Any, str, str | None]] = [
         ("/v1/adapters", {"name": "x", "lora": {"target_modules": [m]}}, "unknown_module", "lora.target_modules")
         for m in ("wings", "embed_tokens", "norm")
     ],
+    ("/v1/adapters", {"name": "x", "lora": {"rank": 65}}, "rank_too_high", "lora.rank"),
+    ("/v1/adapters", {"name": "x", "lora": {"target_modules": ["q_proj", "q_proj"]}}, INVALID, "lora"),
     *[
         ("/v1/adapters", {"name": name}, INVALID, "name")
         for name in ("", " ", "a/b", "..", "../x", "a@v1", "naïve", "A", "x" * 64, "a b", "a\n", "a\x00", "-a")

@@ -102,7 +102,9 @@ class Engine:
         """
         weights = self._weights_of(request.model)
         request.check()
-        prompt_ids = self.tokenizer.prompt_ids([message.rendered() for message in request.messages])
+        messages = [message.rendered() for message in request.messages]
+        self._check_size(sum(len(message["content"]) for message in messages))
+        prompt_ids = self.tokenizer.prompt_ids(messages)
         generation = Generation(
             prompt_ids,
             weights=weights,
@@ -114,6 +116,16 @@ class Engine:
         )
         self.loop.submit(generation)
         return generation
+
+    def _check_size(self, characters: int) -> None:
+        """Refuse what cannot fit before it is tokenised: 30 MB take a minute, and nobody is served meanwhile."""
+        bound = self.max_model_len * self.tokenizer.longest_token
+        if characters > bound:
+            raise BadRequestError(
+                f"This model's maximum context length is {self.max_model_len} tokens, at most {bound} characters. "
+                f"However, your messages have {characters} characters.",
+                param="messages",
+            )
 
     def complete(self, request: CompletionRequest, sink: Sink) -> tuple[Generation, list[int]]:
         """Start a completion; returns it and the prompt's ids. With `prompt_logprobs` the answer begins with the steps

@@ -24,6 +24,8 @@ class ChatTokenizer:
             raise UnsupportedModelError("The model directory needs a tokenizer.json (a fast tokenizer).")
         self._copy = Tokenizer.from_str(self._tokenizer.backend_tokenizer.to_str())
         self.eos_token_id: int | None = self._tokenizer.eos_token_id
+        self.longest_token = max(len(token) for token in self._tokenizer.get_vocab())
+        """Characters of the longest token: a text has at least its length divided by this tokens."""
 
     def prompt_ids(self, messages: Sequence[Mapping[str, str]], *, generation_prompt: bool = True) -> list[int]:
         """Token ids of the rendered chat template, ready for the assistant's answer unless told otherwise.
