@@ -81,8 +81,13 @@ class Replica:
         self.loaded.discard(name)
 
     async def observe(self) -> set[str]:
-        """Names of ours that the engine knows. What it has lost is noted: then it was restarted."""
-        known = {name for name in await self.engine.models() if name.startswith(PREFIX)}
+        """Names of ours that the engine knows. What it has lost is noted: then it was restarted.
+
+        Ours is what lies in our own adapters directory: another service may share the engine, under names like ours.
+        """
+        ours = f"{self._settings.engine_adapters_root}/"
+        models = await self.engine.models()
+        known = {n for n, m in models.items() if n.startswith(PREFIX) and str(m.get("root")).startswith(ours)}
         if self.loaded - known:
             self.down()
             self._refused.clear()
