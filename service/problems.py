@@ -72,7 +72,7 @@ def from_validation(errors: Sequence[Any]) -> PerennialError:
         return Unprocessable(message, code="unknown_parameter", param=param)
     if first["type"] == "missing":
         return Unprocessable(f"'{param}' is required.", code="missing_parameter", param=param)
-    if param == "body":
+    if param == "body" and first["type"] in ("model_type", "model_attributes_type", "dict_type"):
         return Unprocessable(
             "The body must be a JSON object, sent with 'content-type: application/json'.",
             code="invalid_parameter",

@@ -92,7 +92,7 @@ def test_bad_uploads_are_refused_and_others_answer_as_before(vllm: VllmServer, s
         assert answer.status_code in (404, 405, 422)
     assert tenant.ok("GET", "/v1/adapters/target") == state
     assert answers(tenant, prompts) == before
-    assert len(ours(vllm)) >= 2
+    assert len(ours(vllm, stack)) >= 2
     assert list((stack.data / "adapters").glob("adp_*/.uploads/*")) == []
 
 
@@ -109,7 +109,7 @@ def test_the_canary_holds_vllm_to_what_the_trainer_computed(vllm: VllmServer, se
     job = learn(tenant, "end with: hope that helps!")
     assert job["published"] is True, job
     (record,) = records(stack)
-    measured = scored(vllm, ours(vllm)[0], record["token_ids"])
+    measured = scored(vllm, ours(vllm, stack)[0], record["token_ids"])
     off = max(abs(a - b) for a, b in zip(measured, record["logprobs"], strict=True))
     moved = max(abs(a - b) for a, b in zip(record["parent_logprobs"], record["logprobs"], strict=True))
     write_figures("canary", {"tokens": len(measured), "engine_vs_trainer": off, "version_vs_parent": moved})
@@ -122,14 +122,14 @@ def test_the_canary_holds_vllm_to_what_the_trainer_computed(vllm: VllmServer, se
         rows.execute("UPDATE versions SET canary = ? WHERE n = 1", (wrong,))
     tenant.ok("POST", "/v1/adapters/h/promote", json={"version": 0})
     until = time.monotonic() + 30
-    while ours(vllm):
+    while ours(vllm, stack):
         assert time.monotonic() < until, "version 1 is not wanted any more"
         time.sleep(0.2)
     answer = tenant.send("POST", "/v1/adapters/h/promote", json={"version": 1})
     assert (answer.status_code, answer.json()["error"]["code"]) == (422, "canary_failed"), answer.text
     assert "0.001" in answer.json()["error"]["message"]
     assert tenant.live("h") == 0
-    assert ours(vllm) == []
+    assert ours(vllm, stack) == []
 
 
 def learn(tenant: Tenant, remark: str) -> dict[str, Any]:
