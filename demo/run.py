@@ -105,6 +105,7 @@ class Demo:
             self._console.print(
                 f"  {key:8} batch {batch} step {step['step']}  " + "  ".join(parts),
                 highlight=False,
+                soft_wrap=True,  # one step, one line, also in a file
             )
 
         return show
