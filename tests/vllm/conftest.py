@@ -39,9 +39,9 @@ def make_vllm(tmp_path_factory: pytest.TempPathFactory) -> MakeServer:
     return make
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def vllm(make_vllm: MakeServer) -> Iterator[VllmServer]:
-    """One server for all tests that neither kill it nor harm it."""
+    """One server for each module: services that other modules left behind do not talk to it."""
     with make_vllm(flags=("--enable-auto-tool-choice", "--tool-call-parser", "hermes")) as server:
         yield server
 
@@ -57,7 +57,7 @@ def stack_before(server: VllmServer, data_dir: Path, **settings: str) -> LocalSt
     return LocalStack(LocalConfig(data_dir, MODEL_DIR, BASE_MODEL, port=0, threads=1, settings=environment))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def vllm_running(vllm: VllmServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """Service and worker before the shared server; each test makes adapters of its own."""
     stack = stack_before(vllm, tmp_path_factory.mktemp("vllm-stack"))

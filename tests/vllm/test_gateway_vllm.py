@@ -98,7 +98,7 @@ class Front:
             each.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def make_front(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Front]]:
     made: list[Front] = []
 
@@ -117,7 +117,7 @@ def make_front(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[s
         front.stack.stop()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def front(vllm: VllmServer, make_front: Callable[[str], Front]) -> Front:
     return make_front(vllm.url)
 
