@@ -5,7 +5,8 @@ BIN := .venv/bin
 # The environment of a real vLLM for the tests; one that is there already can be named by PERENNIAL_VLLM_PYTHON.
 VLLM_ENV := .venv-vllm
 
-.PHONY: install vllm-env demo test test-fast check-swap check-gateway check-mutants lint types format clean
+.PHONY: install vllm-env demo test test-fast check-swap check-gateway check-ingest check-claim check-mutants check-power \
+  check-model check-kill bench experiments lint types format clean
 
 install: .venv/.installed
 
@@ -41,13 +42,47 @@ test-fast: install
 check-swap: install vllm-env
 	$(BIN)/pytest tests/vllm/test_swap.py -k sixty_seconds
 
-# Overhead of the gateway against the engine asked directly: build/reports/gateway.json
-check-gateway: install
-	$(BIN)/python -m benchmarks.gateway
+# Overhead of the gateway against the engine asked directly, a synthetic one and a real vLLM: build/reports/gateway.json
+check-gateway: install vllm-env
+	$(BIN)/python -m benchmarks.gateway --vllm start
 
-# Plants defects in a copy of sdpo_core and shows which test notices each; fails if one survives.
+# The training step, fast against plain against a plain baseline, on one thread: build/reports/bench.json, docs/speed.svg
+bench: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.step
+
+# Feedback in: exactness, rate and latency against a request that does nothing: build/reports/ingest.json
+check-ingest: install
+	$(BIN)/python -m benchmarks.ingest
+
+# Claim time with up to 100,000 queued jobs, and the share of each tenant: build/reports/claim.json
+check-claim: install
+	$(BIN)/python -m benchmarks.claim
+
+# Plants defects in copies of the library and of the queue, and shows which test notices each; fails if one survives.
 check-mutants: install
-	$(BIN)/python tests/sdpo_core/mutants.py
+	$(BIN)/python -m tests.sdpo_core.mutants
+	$(BIN)/python -m tests.durability.mutants
+
+# Cuts the power, simulated, while the store and the worker write: build/reports/power.json
+CUTS ?= 50000
+SEED ?= 1
+check-power: install
+	$(BIN)/python -m tests.durability.power --cuts $(CUTS) --seed $(SEED)
+
+# Every interleaving of lease, commit and publish, within bounds, on the store's own functions: build/reports/model.json
+STATES ?= 1000000
+check-model: install
+	$(BIN)/python -m tests.durability.model --states $(STATES)
+
+# Kills and freezes every part at every point of a job's path, on both databases: build/reports/kill.json
+RUNS ?= 200
+check-kill: install
+	$(BIN)/python -m tests.durability.kill --runs $(RUNS) --seed $(SEED)
+
+# The experiment record: runs what docs/experiments/results.jsonl lacks and writes docs/experiments.md. All of it from
+# nothing (remove that file) takes over an hour of one core; a part: python -m benchmarks.learning --only alpha
+experiments: install
+	$(BIN)/python -m benchmarks.learning
 
 format: install
 	$(BIN)/ruff format .

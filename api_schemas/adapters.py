@@ -10,6 +10,8 @@ from api_schemas.base import AdapterName, ModelName, Request, Response, Sha256
 from api_schemas.jobs import StepMetrics
 from api_schemas.training import LoraSettings, TrainingSettings
 
+OnFailure = Literal["skip", "block"]
+
 
 class AdapterCreate(Request):
     name: AdapterName
@@ -17,6 +19,9 @@ class AdapterCreate(Request):
     """Defaults to the model that the engine serves."""
     lora: LoraSettings = LoraSettings()
     training: TrainingSettings = TrainingSettings()
+    on_failure: OnFailure = "skip"
+    """What follows when a job has failed for good: `skip`: the next one. `block`: nothing, until somebody queues the
+    job again or resumes the adapter."""
 
 
 class Promote(Request):
@@ -34,6 +39,11 @@ class Adapter(Response):
     head_version: int
     """What the next batch is trained from."""
     queued_jobs: int
+    paused: bool = False
+    """Queued work waits; chats and feedback go on."""
+    blocked_by: str | None = None
+    """The failed job after which nothing is trained until somebody decides (`on_failure` block)."""
+    on_failure: OnFailure = "skip"
     lora: LoraSettings
     training: TrainingSettings
     created_at: int
@@ -75,7 +85,9 @@ class Version(Response):
     status: VersionStatus
     live: bool
     files: Literal["kept", "removed"]
-    """`removed`: by the retention setting; it can neither be served nor downloaded any more."""
+    """`removed`: by the retention setting or after a rebuild; it can neither be served nor downloaded any more."""
+    learnt_erased: bool = False
+    """True: feedback was erased since that it had learnt from; `POST /v1/adapters/{adapter}/rebuild` replaces it."""
     digest: str
     """`sha256:` over the version's files."""
     size_bytes: int

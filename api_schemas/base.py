@@ -40,6 +40,8 @@ Remark = Annotated[
 ]
 AdapterName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
 ModelName = Annotated[str, StringConstraints(min_length=1, max_length=256), AfterValidator(_storable)]
+UserName = Annotated[str, StringConstraints(max_length=256), AfterValidator(_storable)]
+"""A caller's own name for an end user."""
 Identifier = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 IdempotencyKey = Annotated[str, StringConstraints(pattern=r"^[\x21-\x7e]{1,255}$")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from api_schemas.base import AdapterName, Identifier, Remark, Request, Response, Text
+from api_schemas.base import AdapterName, Identifier, Remark, Request, Response, Text, UserName
 from api_schemas.chat import MAX_MESSAGES, ChatMessage
 from api_schemas.sampling import MAX_CHOICES
 from api_schemas.training import TrainingSettings
@@ -29,6 +29,9 @@ class FeedbackItem(Request):
     """True: a preference that holds from now on, told to the teacher in later batches too. False: holds for this answer
     alone (a corrected fact, a traceback)."""
 
+    user: UserName | None = None
+    """Whose words these are, where the completion does not say it: `DELETE /v1/users/{user}` erases them."""
+
     @model_validator(mode="after")
     def _one_answer(self) -> FeedbackItem:
         inline = self.messages is not None or self.response is not None
@@ -48,6 +51,9 @@ class FeedbackRequest(Request):
     adapter: AdapterName | None = None
     """Which adapter learns. May be left out when the completions name it."""
     training: TrainingSettings | None = None
+    priority: Annotated[int, Field(ge=0, le=9)] = 0
+    """Among the tenant's own adapters: each step counts as a minute of waiting (a setting). Feedback on one adapter
+    keeps its order; what is urgent lifts what waits before it."""
 
 
 BatchStatus = Literal["queued", "running", "succeeded", "failed", "cancelled"]
@@ -61,6 +67,8 @@ class FeedbackItemView(Response):
     feedback: str
     demonstration: str | None = None
     standing: bool
+    erased: Literal["request", "retention"] | None = None
+    """Why there is no text of it any more."""
 
 
 class FeedbackBatch(Response):

@@ -1,6 +1,6 @@
 """Anthropic's messages, as far as the gateway takes them. Anything else is refused by name.
 
-Marks for caching and metadata are taken, because agents send them, and mean nothing here. So is `thinking`: whether a
+Marks for caching are taken, because agents send them, and mean nothing here. So is `thinking`: whether a
 model reasons is its template's business.
 """
 
@@ -125,7 +125,8 @@ class MessagesRequest(Request):
             "stream": self.stream,
             "store": self.store,
         }
-        optional = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        optional: dict[str, Any] = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        optional["user"] = self.metadata.user_id if self.metadata else None
         chat |= {k: v for k, v in optional.items() if v is not None}
         if self.stop_sequences:
             chat["stop"] = self.stop_sequences

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field, StringConstraints
 
-from api_schemas.base import ModelName, Request, Text
+from api_schemas.base import ModelName, Request, Text, UserName
 
 MAX_OUTPUT_TOKENS = 65_536
 MAX_CHOICES = 16
@@ -84,12 +84,18 @@ class Sampling(Request):
     return_token_ids: bool = False
     store: bool = True
     """False: the answer is not kept, and feedback on it is not possible."""
-    user: Annotated[str, StringConstraints(max_length=256)] | None = None
-    """Taken for compatibility; neither stored nor forwarded."""
+    user: UserName | None = None
+    """Whose words these are: `DELETE /v1/users/{user}` erases them. A keyed digest is kept; nothing is forwarded."""
+    safety_identifier: UserName | None = None
+    """OpenAI's newer name for the same; it counts where both are given."""
 
     @property
     def choices(self) -> int:
         return self.n or 1
+
+    @property
+    def person(self) -> str | None:
+        return self.safety_identifier or self.user
 
     @property
     def wants_usage(self) -> bool:

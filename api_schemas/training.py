@@ -12,6 +12,8 @@ from pydantic import Field, StringConstraints, model_validator
 from api_schemas.base import Request
 
 PresetName = Literal["default", "claas", "lasgroup"]
+PathName = Literal["auto", "plain"]
+Rollouts = Literal["own", "teacher", "both"]
 
 
 class TrainingSettings(Request):
@@ -30,9 +32,18 @@ class TrainingSettings(Request):
     refresh: bool | None = None
     """Recompute behaviour log-probs between steps."""
     base_kl_weight: Annotated[float, Field(ge=0, le=10)] | None = None
+    rollouts: Rollouts | None = None
+    """Whose answers are learnt from: those that the remarks are on, what the base model writes to the same prompts when
+    it is told the remarks, or both. An answer of the latter kind that does not reach its end is left out."""
     learning_rate: Annotated[float, Field(ge=1e-9, le=0.1)] | None = None
     weight_decay: Annotated[float, Field(ge=0, le=1)] | None = None
     max_grad_norm: Annotated[float, Field(ge=1e-6, le=1000)] | None = None
+    measure_base_kl: bool | None = None
+    """Report the distance to the base, at the price of one forward pass of the base for each batch (default)."""
+    path: PathName | None = None
+    """How a step is computed, never what: `plain`, or the fast path wherever it can be taken (`auto`, the default)."""
+    audit: bool | None = None
+    """Run both paths on every micro-batch and report their differences. More than doubles the work."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
 
 
@@ -48,9 +59,14 @@ class ResolvedTraining(Request):
     steps: int
     refresh: bool
     base_kl_weight: float
+    rollouts: Rollouts = "own"
+    """What a record without it was trained with."""
     learning_rate: float
     weight_decay: float
     max_grad_norm: float
+    measure_base_kl: bool = True
+    path: PathName = "auto"
+    audit: bool = False
     seed: int | None = None
 
     @model_validator(mode="after")
@@ -78,14 +94,16 @@ def refusal_of(s: ResolvedTraining) -> str | None:
 
 
 _DEFAULT: dict[str, Any] = {
-    "alpha": 0.0, "support": "teacher_topk", "top_k": 100, "outside": "tail", "is_clip": 2.0, "steps": 4,
-    "refresh": True, "base_kl_weight": 0.0, "learning_rate": 1e-4, "weight_decay": 0.0, "max_grad_norm": 1.0,
+    "alpha": 0.0, "support": "teacher_topk", "top_k": 100, "outside": "tail", "is_clip": 2.0, "steps": 8,
+    "refresh": True, "base_kl_weight": 0.0, "rollouts": "both", "learning_rate": 1e-4, "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
 }  # fmt: skip
 _CLAAS = _DEFAULT | {
-    "alpha": 0.5, "outside": "renormalise", "is_clip": 5.0, "steps": 1, "learning_rate": 3e-5, "weight_decay": 0.01,
+    "alpha": 0.5, "outside": "renormalise", "is_clip": 5.0, "steps": 1, "rollouts": "own", "learning_rate": 3e-5,
+    "weight_decay": 0.01,
 }  # fmt: skip
 _LASGROUP = _DEFAULT | {
-    "alpha": 0.5, "support": "student_topk", "steps": 1, "learning_rate": 1e-5, "weight_decay": 0.01,
+    "alpha": 0.5, "support": "student_topk", "steps": 1, "rollouts": "own", "learning_rate": 1e-5, "weight_decay": 0.01,
 }  # fmt: skip
 
 

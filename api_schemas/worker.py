@@ -53,6 +53,8 @@ class ParentVersion(Response):
 
 
 class Lease(Response):
+    kind: Literal["train", "preview"] = "train"
+    """A preview ends with its result instead of a commit."""
     run_id: str
     token: int
     """Fencing token: grows with every lease of the adapter; an older one can change nothing."""

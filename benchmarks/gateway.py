@@ -1,13 +1,11 @@
 """What the gateway costs: time to first token and chunks per second, against the engine asked directly, in one run.
 
-`python -m benchmarks.gateway` (`make check-gateway`) writes build/reports/gateway.json. The service runs as in
-production, with its database and with every token id and log-prob captured and stored. The engine is synthetic and
-never the bottleneck; with `--vllm URL` a real one is measured besides.
+`make check-gateway` (`python -m benchmarks.gateway --vllm start`) prints a table and writes build/reports/gateway.json.
+The service runs as in production, with its database and with every token id and log-prob captured and stored; clients
+ask for an adapter by name. The engine is synthetic and never the bottleneck; a real vLLM is measured besides.
 
 * Time to first token: streams at a real engine's pace (10 ms between tokens), one request after the other per client.
 * Chunks per second: answers as fast as they can be passed on.
-
-Both variants alternate; figures are medians over the rounds. Capture is on: what was measured is in the database.
 """
 
 from __future__ import annotations
@@ -16,122 +14,69 @@ import argparse
 import asyncio
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx2
+from rich.console import Console
+from rich.table import Table
 
-from benchmarks.sse_client import Streamed, Streamer
+from benchmarks.pairs import Load, Pair, Side, compared
 from service.local import LocalConfig, LocalStack, free_port
+from tests.vllm.server import VllmConfig, VllmServer
 
 ROOT = Path(__file__).parents[1]
-MODEL = "perennial-demo"
+MODEL, MODEL_DIR, ADAPTER = "perennial-demo", ROOT / "demo" / "model", "bench"
 REPORT = ROOT / "build" / "reports" / "gateway.json"
 AIM = {"ttft_overhead_ms_p50": 4.0, "chunks_per_s": 7000}
+PACED, FLOOD = Load(3, 60, 10), Load(3, 600, 0)
+REAL_PACED, REAL_FLOOD = Load(6, 16, 0), Load(1, 128, 0)
 Json = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Load:
-    """How much is asked in one round by each stream."""
-
-    requests: int
-    tokens: int
-    pause_ms: int
-
-
-PACED, FLOOD = Load(6, 60, 10), Load(4, 600, 0)
-REAL_PACED, REAL_FLOOD = Load(6, 16, 0), Load(2, 64, 0)
-"""A real engine on a CPU keeps its own pace."""
-
-
-def body(load: Load) -> Json:
-    asked: Json = {
-        "model": MODEL,
-        "messages": [{"role": "user", "content": "opposite of hot?"}],
-        "stream": True,
-        "max_tokens": load.tokens,
-        "seed": load.pause_ms,
-        "ignore_eos": True,
-    }
-    return asked
-
-
-async def round_of(url: str, key: str, streams: int, asked: Json, requests: int) -> tuple[list[Streamed], float]:
-    """All answers of `streams` clients at once, and the seconds that it took."""
-    clients = [await Streamer.connected(url, key) for _ in range(streams)]
-
-    async def one(client: Streamer, wait: float) -> list[Streamed]:
-        await asyncio.sleep(wait)  # clients do not start in step
-        return [await client.ask(asked) for _ in range(requests)]
-
+@contextmanager
+def synthetic_engine() -> Iterator[str]:
+    port = free_port()
+    process = subprocess.Popen([sys.executable, "-m", "benchmarks.sse_engine", str(port)], cwd=ROOT)  # noqa: S603
     try:
-        await asyncio.gather(*(client.ask(asked | {"max_tokens": 1}) for client in clients))
-        started = time.perf_counter()
-        spread = asked["seed"] * asked["max_tokens"] / 1000 / streams
-        done = await asyncio.gather(*(one(c, i * spread) for i, c in enumerate(clients)))
-        return [s for each in done for s in each], time.perf_counter() - started
+        url = f"http://127.0.0.1:{port}"
+        wait_for(f"{url}/health")
+        yield url
     finally:
-        for client in clients:
-            client.close()
+        process.terminate()
+        process.wait(10)
 
 
-@dataclass(frozen=True)
-class Pair:
-    """The engine, and the service in front of it."""
-
-    direct: str
-    gateway: str
-    key: str
-    pid: int
-
-
-async def compared(pair: Pair, streams: int, rounds: int, paced: Load, flood: Load) -> Json:
-    """The figures for so many streams, direct and through the gateway in turn."""
-    first: dict[str, list[float]] = {"direct": [], "gateway": []}
-    speed: dict[str, list[float]] = {"direct": [], "gateway": []}
-    busy, passed = 0.0, 0
-    for _ in range(rounds):
-        for name, url in (("direct", pair.direct), ("gateway", pair.gateway)):
-            answers, _ = await round_of(url, pair.key, streams, body(paced), paced.requests)
-            first[name] += [a.first * 1000 for a in answers]
-            before = cpu_seconds(pair.pid)
-            answers, seconds = await round_of(url, pair.key, streams, body(flood), flood.requests)
-            chunks = sum(a.chunks for a in answers)
-            speed[name].append(chunks / seconds)
-            if name == "gateway":
-                busy, passed = busy + cpu_seconds(pair.pid) - before, passed + chunks
-    p50 = {name: statistics.median(values) for name, values in first.items()}
-    return {
-        "ttft_overhead_ms_p50": round(p50["gateway"] - p50["direct"], 3),
-        "ttft_ms_p50": round(p50["gateway"], 3),
-        "ttft_ms_p95": round(statistics.quantiles(first["gateway"], n=20)[-1], 3),
-        "direct_ttft_ms_p50": round(p50["direct"], 3),
-        "chunks_per_s": round(statistics.median(speed["gateway"])),
-        "direct_chunks_per_s": round(statistics.median(speed["direct"])),
-        "gateway_cpu_us_per_chunk": round(busy / passed * 1e6, 1),
-    }
+@contextmanager
+def real_engine(which: str) -> Iterator[str]:
+    """A vLLM at this URL, or one of our own for `start`."""
+    if which != "start":
+        yield which
+        return
+    with tempfile.TemporaryDirectory() as logs, VllmServer(VllmConfig(MODEL_DIR, MODEL, Path(logs) / "log")) as server:
+        yield server.url
 
 
-def cpu_seconds(pid: int) -> float:
-    """What a process and its threads have computed so far: unlike wall time, hardly a matter of who else is there."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def service(data: Path, engine: str) -> LocalStack:
-    """`perennial serve` in front of that engine, answering."""
-    settings = {"PERENNIAL_ENGINE_URL": engine}
-    stack = LocalStack(LocalConfig(data, ROOT / "demo" / "model", MODEL, port=0, settings=settings))
-    stack.start("service")
-    wait_for(f"{stack.url}/healthz")
-    return stack
+@contextmanager
+def before(engine: str) -> Iterator[Pair]:
+    """`perennial serve` in front of that engine, with an adapter that has learnt nothing yet."""
+    with tempfile.TemporaryDirectory() as data:
+        stack = LocalStack(LocalConfig(Path(data), MODEL_DIR, MODEL, port=0, settings={"PERENNIAL_ENGINE_URL": engine}))
+        stack.start("service")
+        try:
+            wait_for(f"{stack.url}/healthz")
+            headers = {"authorization": f"Bearer {stack.api_key}"}
+            httpx2.post(f"{stack.url}/v1/adapters", json={"name": ADAPTER}, headers=headers).raise_for_status()
+            gateway = Side(stack.url, stack.api_key, ADAPTER)
+            yield Pair(Side(engine, "none", MODEL), gateway, stack.processes["service"].pid, stack.data)
+        finally:
+            stack.stop()
 
 
 def wait_for(url: str, seconds: float = 60.0) -> None:
@@ -145,40 +90,45 @@ def wait_for(url: str, seconds: float = 60.0) -> None:
     raise RuntimeError(f"{url} does not answer")
 
 
-def measured(engine: str, counts: list[int], rounds: int, paced: Load, flood: Load) -> Json:
+def measured(engine: str, options: argparse.Namespace, paced: Load, flood: Load) -> Json:
     """Each figure, by number of streams."""
-    with tempfile.TemporaryDirectory() as data:
-        stack = service(Path(data), engine)
-        try:
-            pair = Pair(engine, stack.url, stack.api_key, stack.processes["service"].pid)
-            by_count = {n: asyncio.run(compared(pair, n, rounds, paced, flood)) for n in counts}
-        finally:
-            stack.stop()
-    names = next(iter(by_count.values()))
-    return {name: {str(n): figures[name] for n, figures in by_count.items()} for name in names}
+    with before(engine) as pair:
+        by_count = {
+            n: asyncio.run(compared(pair, n, options.rounds, options.seconds, paced, flood)) for n in options.streams
+        }
+    return {name: {str(n): by_count[n][name] for n in by_count} for name in next(iter(by_count.values()))}
+
+
+def table(title: str, figures: Json) -> Table:
+    shown = Table(title=title)
+    shown.add_column("")
+    for streams in figures["rounds"]:
+        shown.add_column(f"{streams} streams", justify="right")
+    for name, by_count in figures.items():
+        shown.add_row(name, *(str(v) for v in by_count.values()))
+    return shown
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Overhead of the gateway against the engine asked directly.")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--vllm", help="URL of a running vLLM that serves the demonstration model, measured besides")
+    parser.add_argument("--seconds", type=float, default=20.0, help="no round is begun after so long, per table column")
+    parser.add_argument("--vllm", metavar="URL|start", help="a vLLM that serves the demonstration model, or our own")
     options = parser.parse_args()
-    port = free_port()
-    engine = subprocess.Popen([sys.executable, "-m", "benchmarks.sse_engine", str(port)], cwd=ROOT)  # noqa: S603
-    try:
-        wait_for(f"http://127.0.0.1:{port}/health")
-        report = measured(f"http://127.0.0.1:{port}", options.streams, options.rounds, PACED, FLOOD)
-    finally:
-        engine.terminate()
-        engine.wait(10)
+    with synthetic_engine() as url:
+        report = measured(url, options, PACED, FLOOD)
+    out = Console()
+    out.print(table("synthetic engine", report))
     if options.vllm:
-        report["vllm"] = measured(options.vllm, options.streams, options.rounds, REAL_PACED, REAL_FLOOD)
+        with real_engine(options.vllm) as url:
+            report["vllm"] = measured(url, options, REAL_PACED, REAL_FLOOD)
+        out.print(table("vLLM", report["vllm"]))
     # With more work than cores every process waits: the load says what the figures are worth.
-    report |= {"aim": AIM, "rounds": options.rounds, "cpus": os.cpu_count(), "load": os.getloadavg()[0]}
+    report |= {"aim": AIM, "cpus": os.cpu_count(), "load": os.getloadavg()[0]}
     REPORT.parent.mkdir(parents=True, exist_ok=True)
     REPORT.write_text(json.dumps(report, indent=2) + "\n")
-    print(json.dumps(report, indent=2))
+    out.print(f"aim: {AIM}; {report['cpus']} cores, load {report['load']:.2f}; written to {REPORT.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

@@ -65,6 +65,8 @@ async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
             body = json.loads(await reader.readexactly(size)) if size else {}
             if path == b"/v1/chat/completions":
                 await stream(writer, body["max_tokens"], body.get("seed", 0) / 1000)
+            elif path == b"/v1/completions":  # the service's probe: does it generate?
+                writer.write(plain({"choices": [{"index": 0, "text": " word", "finish_reason": "length"}]}))
             elif path == b"/v1/models":
                 writer.write(plain({"data": [{"id": MODEL, "root": MODEL, "max_model_len": 4096}]}))
             else:

@@ -27,7 +27,7 @@ MODEL_DIR = Path(__file__).parent / "model"
 BASE_MODEL = "perennial-demo"
 ADAPTER = "helper"
 LORA = {"rank": 8, "alpha": 16}
-TRAINING = {"learning_rate": 1.5e-3}
+TRAINING = {"learning_rate": 7e-4}
 """The demonstration model is small: it takes a larger rate than the default, which is meant for large ones."""
 
 

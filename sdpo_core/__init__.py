@@ -4,7 +4,9 @@ The teacher is the same model told the feedback; the student, the adapter, is no
 were. docs/algorithm.md has the formulas and a complete example.
 """
 
+from sdpo_core.ahead import teacher_targets
 from sdpo_core.chat import chat_ids
+from sdpo_core.divergence import Target
 from sdpo_core.ema import EmaTeacher, load_ema, make_ema, save_ema
 from sdpo_core.errors import AdapterError, ContextTooLong, OptionError, RemarkError, SampleError, SdpoError
 from sdpo_core.explain import Explanation, explain
@@ -14,20 +16,23 @@ from sdpo_core.optimizer import load_optimizer, make_optimizer, save_optimizer
 from sdpo_core.options import Options
 from sdpo_core.policy import Policy
 from sdpo_core.presets import PRESETS, claas, lasgroup
-from sdpo_core.report import BatchResult, BatchWarning, SampleOutcome, StepMetrics
+from sdpo_core.report import Audit, BatchResult, BatchWarning, SampleOutcome, StepMetrics, StepPlan
+from sdpo_core.rollouts import learnt_from
 from sdpo_core.samples import Sample, TokenBatch
 from sdpo_core.signals import PolicyGradient
 from sdpo_core.standing import Probe, Standing, update_standing
 from sdpo_core.teacher_context import ContextTemplate, teacher_messages, usable_remarks
 from sdpo_core.teacher_prompt import TeacherPrompt, teacher_prompt
 from sdpo_core.withdraw import withdraw
+from sdpo_core.writing import teacher_written
 
 __all__ = [
-    "PRESETS", "AdapterError", "BatchResult", "BatchWarning", "ContextTemplate", "ContextTooLong", "EmaTeacher",
-    "Explanation", "LoraPolicy", "LoraSpec", "OptionError", "Options", "Policy", "PolicyGradient", "Probe",
-    "RemarkError", "Sample", "SampleError", "SampleOutcome", "SdpoError", "Standing", "StepMetrics",
-    "TeacherPrompt", "TokenBatch", "attach_lora", "attached", "chat_ids", "claas", "detach", "explain",
-    "lasgroup", "load_ema", "load_lora", "load_optimizer", "make_ema", "make_optimizer", "save_ema",
-    "save_lora", "save_optimizer", "teacher_messages", "teacher_prompt", "train_batch", "update_standing",
-    "usable_remarks", "withdraw",
+    "PRESETS", "AdapterError", "Audit", "BatchResult", "BatchWarning", "ContextTemplate", "ContextTooLong",
+    "EmaTeacher", "Explanation", "LoraPolicy", "LoraSpec", "OptionError", "Options", "Policy", "PolicyGradient",
+    "Probe", "RemarkError", "Sample", "SampleError", "SampleOutcome", "SdpoError", "Standing", "StepMetrics",
+    "StepPlan", "Target", "TeacherPrompt", "TokenBatch", "attach_lora", "attached", "chat_ids", "claas", "detach",
+    "explain", "lasgroup", "learnt_from", "load_ema", "load_lora", "load_optimizer", "make_ema", "make_optimizer",
+    "save_ema", "save_lora", "save_optimizer", "teacher_messages", "teacher_prompt", "teacher_targets",
+    "teacher_written", "train_batch",
+    "update_standing", "usable_remarks", "withdraw",
 ]  # fmt: skip

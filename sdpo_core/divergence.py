@@ -145,14 +145,36 @@ def token_divergence(student: Scores, target: Target, response_ids: Tensor, spec
     from the student, its VALUE is not a divergence (it is often negative).
     """
     if spec.support == "sampled":
-        student_y = token_log_probs(student.logp, response_ids)
-        return (student_y - target.logp.detach()).detach() * student_y
-    student_logp, teacher_logp = _buckets(student, target, spec)
+        return sampled_divergence(token_log_probs(student.logp, response_ids), target)
+    return bucket_divergence(*_buckets(student, target, spec), spec)
+
+
+def sampled_divergence(student_y: Tensor, target: Target) -> Tensor:
+    """stopgrad(s_y - t_y) * s_y of the response tokens' log-probs, (...)."""
+    return (student_y - target.logp.detach()).detach() * student_y
+
+
+def bucket_divergence(student_logp: Tensor, teacher_logp: Tensor, spec: DivergenceSpec) -> Tensor:
+    """The divergence of two distributions over the same few buckets, (..., K) -> (...)."""
     if spec.limits and spec.alpha == 0.0:
         return _kl(teacher_logp, student_logp)
     if spec.limits and spec.alpha == 1.0:
         return _kl(student_logp, teacher_logp)
     return mixture_divergence(student_logp, teacher_logp, spec.alpha)
+
+
+def kept_buckets(
+    picked_K: Tensor, lse: Tensor, rest: Tensor, target: Target, spec: DivergenceSpec
+) -> tuple[Tensor, Tensor]:
+    """Both sides' buckets for support "teacher" from what was read of the student's logits: those at `target.index`
+    (..., K), their logsumexp over the vocabulary and over the tokens outside the index (...)."""
+    if spec.outside == "renormalise":
+        return log_probs(picked_K.clamp(min=LOGP_FLOOR)), log_probs(target.logp)
+    if target.log_tail is None:
+        raise ValueError("outside='tail' needs a target with the teacher's tail mass")
+    student_K = (picked_K - lse.unsqueeze(-1)).clamp(min=LOGP_FLOOR)
+    student_tail = (rest - lse).clamp(min=TAIL_FLOOR)
+    return _append(student_K, student_tail), _append(target.logp, target.log_tail)
 
 
 def mixture_divergence(student_logp: Tensor, teacher_logp: Tensor, alpha: float) -> Tensor:

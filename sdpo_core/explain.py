@@ -1,14 +1,14 @@
 """What a batch would teach, token by token, without training on it.
 
 Three views of every response token: the student on the plain prompt, the teacher told the feedback, and the same
-teacher not told. Told against untold says whether the teacher acts on the feedback at all; told against student says
+teacher not told it. Told against untold says whether the teacher acts on the feedback at all; told against student says
 what is left to learn. No gradient, nothing moves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -85,18 +85,25 @@ def explain(
     options: Options,
     *,
     ema: EmaTeacher | None = None,
+    untold_prompts: Sequence[Sequence[int]] | None = None,
     threshold: float = DEFAULT_EPS,
 ) -> Explanation:
     """A preview of `train_batch` on the same arguments. The teacher is the one of `options`.
 
-    Raises OptionError when teacher `ema` lacks its state.
+    `untold_prompts`: per sample, what the teacher reads when it is not told this feedback, e.g. what stands already;
+    the student's prompts if not given. Raises OptionError when teacher `ema` lacks its state, ValueError when there is
+    not one for each sample.
     """
+    prompts = [s.prompt_ids for s in samples] if untold_prompts is None else untold_prompts
+    untold = [replace(s, teacher_prompt_ids=tuple(p)) for s, p in zip(samples, prompts, strict=True)]
     scorer = Scorer(policy, options, ema)
     live = [i for i, s in enumerate(samples) if s.live]
     views: dict[int, AnswerView] = {}
     for rows in scorer.groups([samples[i] for i in live]) if live else []:
         part = [live[r] for r in rows]
-        views.update(zip(part, _views(scorer, tokenizer, [samples[i] for i in part]), strict=True))
+        views.update(
+            zip(part, _views(scorer, tokenizer, [samples[i] for i in part], [untold[i] for i in part]), strict=True)
+        )
     tokens = [t for view in views.values() for t in view.tokens]
     return Explanation(
         answers=tuple(views.get(i, AnswerView((), 0.0)) for i in range(len(samples))),
@@ -108,10 +115,9 @@ def explain(
 
 
 @torch.no_grad()
-def _views(scorer: Scorer, tokenizer: Decoder, samples: Sequence[Sample]) -> list[AnswerView]:
-    plain = scorer.student_batch(samples)
-    student_BTV = dv.log_probs(response_logits(scorer.policy, plain, adapter=True))
-    untold_BTV = scorer.teacher_logp(plain)
+def _views(scorer: Scorer, tokenizer: Decoder, samples: Sequence[Sample], untold: Sequence[Sample]) -> list[AnswerView]:
+    student_BTV = dv.log_probs(response_logits(scorer.policy, scorer.student_batch(samples), adapter=True))
+    untold_BTV = scorer.teacher_logp(scorer.teacher_batch(untold))
     told_BTV = scorer.teacher_logp(scorer.teacher_batch(samples))
     found = []
     for b, sample in enumerate(samples):

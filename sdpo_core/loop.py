@@ -14,21 +14,25 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from sdpo_core.aggregation import row_weights
+from sdpo_core.ahead import live_targets
 from sdpo_core.divergence import Target
 from sdpo_core.ema import DeltaPolicy, EmaTeacher
 from sdpo_core.options import Options
-from sdpo_core.policy import Policy, response_logits
-from sdpo_core.report import BatchResult, Outcome, StepMetrics, StopReason, Sums, Watch, sample_outcome
+from sdpo_core.path_choice import Route, choose
+from sdpo_core.paths import Part, Path
+from sdpo_core.policy import Policy
+from sdpo_core.report import BatchResult, Outcome, StepMetrics, StepPlan, StopReason, Sums, Watch, sample_outcome
 from sdpo_core.samples import Sample, pad_rows
-from sdpo_core.scoring import Fixed, Scorer, join_targets, score_fixed
-from sdpo_core.terms import TokenTerms, token_terms
+from sdpo_core.scoring import Fixed, score_fixed
+
+R = TypeVar("R")
 
 
 @runtime_checkable
@@ -45,21 +49,25 @@ def train_batch(
     options: Options,
     *,
     ema: EmaTeacher | None = None,
+    targets: Sequence[Target] | None = None,
     on_step: Callable[[StepMetrics], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> BatchResult:
     """Train the policy's adapter on one batch, in place. Deterministic on CPU.
 
     `optimizer` comes from `make_optimizer` / `load_optimizer`, over `policy.trainable()`. `ema`, for teacher `ema`, is
-    moved once, after the batch and only if weights moved. `on_step` is called after each step; `should_stop` is asked
+    moved once, after the batch and only if weights moved. `targets` are the teacher's, one per sample, where
+    `teacher_targets` has scored them before. `on_step` is called after each step; `should_stop` is asked
     before each (true: stop, keeping the updates made so far). Raises OptionError when teacher `ema` lacks its state.
     """
+    samples = list(samples)  # read more than once
     outcomes = tuple(sample_outcome(s) for s in samples)
     live = [s for s in samples if s.live]
-    scorer = Scorer(policy, options, ema)
+    route = choose(policy, options, ema)
     if not live:
         return BatchResult((), outcomes, "nothing_to_teach")
-    run = _Run(scorer, optimizer, live, _live_weights(samples, options), score_fixed(scorer, live))
+    known = live_targets(samples, targets, options)
+    run = _Run(route, optimizer, live, _live_weights(samples, options), ema, known)
     run.check_base("before the first step")
     stop_reason: StopReason = "steps"
     for number in range(1, options.steps + 1):
@@ -92,24 +100,35 @@ def _has_stepped(optimizer: Optimizer) -> bool:
 class _Run:
     """The state of one batch: live samples, what is fixed, the current behaviour log-probs, the history."""
 
-    scorer: Scorer
+    route: Route
     optimizer: Optimizer
     live: list[Sample]
     weights: list[float]
-    fixed: Fixed
-    targets: list[Target] = field(init=False)
+    ema: EmaTeacher | None
+    targets: list[Target]
+    """Empty: to be scored."""
+    fixed: Fixed = field(init=False)
     behaviour: list[Tensor | None] = field(init=False)
     """Per sample; None = take the student's own at the next forward pass."""
     history: list[StepMetrics] = field(default_factory=list)
     watch: Watch = field(init=False)
 
     def __post_init__(self) -> None:
-        self.policy, self.options = self.scorer.policy, self.scorer.options
+        self.policy = self.route.path.policy
         self.tokens = sum(len(s.response_ids) for s in self.live)
-        self.groups = self.scorer.groups(self.live)
-        self.targets = self.scorer.targets(self.live)
+        self.fixed = self._within_memory(lambda path: score_fixed(path, self.live))
+        if not self.targets:
+            self.targets = self._within_memory(lambda path: path.targets(self.live))
         self.behaviour = [self._first_behaviour(i) for i in range(len(self.live))]
         self.watch = Watch(trained_before=_has_stepped(self.optimizer))
+
+    @property
+    def options(self) -> Options:
+        """Those of the batch, with less at a time once memory has run out."""
+        return self.route.path.options
+
+    def _within_memory(self, work: Callable[[Path], R]) -> R:
+        return self.route.within_memory(work, self.live)
 
     def _first_behaviour(self, i: int) -> Tensor | None:
         """Recorded log-probs; with rollout correction those of the starting weights, whose weights cover the rest."""
@@ -124,11 +143,8 @@ class _Run:
         """One forward and backward over the batch, then the update unless there is a reason not to."""
         started = time.perf_counter()
         if self.options.teacher == "live" and self.history and self.history[-1].outcome == "updated":
-            self.targets = self.scorer.targets(self.live)
-        self.optimizer.zero_grad(set_to_none=True)
-        sums = Sums()
-        for rows in self.groups:
-            self._backward(rows, sums)
+            self.targets = self._within_memory(lambda path: path.targets(self.live))
+        sums = self._within_memory(self._accumulate)
         parameters = [p for _, p in self.policy.trainable()]
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.options.max_grad_norm))
         outcome = self._decide(sums.peak_gap / len(self.live), norm)
@@ -139,42 +155,29 @@ class _Run:
         self.history.append(metrics)
         return metrics
 
-    def _backward(self, rows: list[int], sums: Sums) -> None:
-        samples = [self.live[r] for r in rows]
-        batch = self.scorer.student_batch(samples)
-        mask_BT = batch.mask()
-        weights_B = torch.tensor([self.weights[r] for r in rows], device=self.policy.device)
-        logits_BTV = response_logits(self.policy, batch, adapter=True)
-        terms = self._terms(rows, logits_BTV, mask_BT)
-        self._remember(rows, terms.logp)
-        loss_BT = terms.distill + self.options.base_kl_weight * terms.anchor
-        loss_BT = loss_BT + self.options.previous_kl_weight * terms.previous_anchor
-        loss: Tensor = (loss_BT.sum(-1) * weights_B).sum()
-        torch.autograd.backward(loss)
-        sums.add(terms, mask_BT, weights_B, self.options.is_clip)
+    def _accumulate(self, path: Path) -> Sums:
+        """Forward and backward of every micro-batch; the gradient is in the parameters."""
+        self.optimizer.zero_grad(set_to_none=True)
+        sums = Sums()
+        for rows in path.groups(self.live):
+            part = self._part(rows)
+            terms = path.backward(part)
+            self._remember(rows, terms.logp)
+            mask_BT = pad_rows([torch.ones(len(s.response_ids), device=terms.logp.device) for s in part.samples]) > 0
+            sums.add(terms, mask_BT, torch.tensor(part.weights, device=terms.logp.device), self.options.is_clip)
+        return sums
 
-    def _terms(self, rows: list[int], logits_BTV: Tensor, mask_BT: Tensor) -> TokenTerms:
-        samples = [self.live[r] for r in rows]
-        base = None if self.fixed.base is None else [self.fixed.base[r] for r in rows]
-        start = None if self.fixed.start is None else [self.fixed.start[r] for r in rows]
-        weights = None if self.fixed.token_weights is None else [self.fixed.token_weights[r] for r in rows]
-        return token_terms(
-            logits_BTV, join_targets([self.targets[r] for r in rows]),
-            pad_rows([self.scorer.ids(s) for s in samples]), mask_BT, self.options.divergence,
-            is_clip=self.options.is_clip, behaviour_BT=self._behaviour(rows),
-            base_logp_BT=None if base is None else pad_rows([b.logp for b in base]),
-            base_target=None if base is None else join_targets([b.target for b in base]),
-            previous_logp_BT=None if start is None else pad_rows([s.logp for s in start]),
-            token_weights_BT=None if weights is None else pad_rows(weights),
-            policy_gradient=self.options.policy_gradient,
-            rewards_B=logits_BTV.new_tensor([s.reward_advantage for s in samples], dtype=torch.float32),
-        )  # fmt: skip
-
-    def _behaviour(self, rows: list[int]) -> Tensor:
-        """Behaviour log-probs of these rows, NaN where the student's own are to be taken."""
-        unknown = [torch.full((len(self.live[r].response_ids),), math.nan, device=self.policy.device) for r in rows]
-        known = [self.behaviour[r] for r in rows]
-        return pad_rows([u if k is None else k for k, u in zip(known, unknown, strict=True)])
+    def _part(self, rows: list[int]) -> Part:
+        fixed = self.fixed
+        return Part(
+            samples=[self.live[r] for r in rows],
+            targets=[self.targets[r] for r in rows],
+            weights=[self.weights[r] for r in rows],
+            behaviour=[self.behaviour[r] for r in rows],
+            base=None if fixed.base is None else [fixed.base[r] for r in rows],
+            start=None if fixed.start is None else [fixed.start[r] for r in rows],
+            token_weights=None if fixed.token_weights is None else [fixed.token_weights[r] for r in rows],
+        )
 
     def _remember(self, rows: list[int], logp_BT: Tensor) -> None:
         """Student log-probs that just stood in for unknown ones are the behaviour log-probs from here on, but for
@@ -199,7 +202,7 @@ class _Run:
 
     def move_teacher(self) -> None:
         """The moving average follows once per batch, and only weights that a finite gradient has moved."""
-        ema, policy = self.scorer.ema, self.policy
+        ema, policy = self.ema, self.policy
         if self.options.teacher != "ema" or ema is None or not isinstance(policy, DeltaPolicy):
             return
         if not any(m.outcome == "updated" for m in self.history):
@@ -235,4 +238,13 @@ class _Run:
             response_tokens=self.tokens,
             seconds=seconds,
             outcome=outcome,
+            path=self.route.path.name,
+            fallback_reason=self.route.fallback_reason,
+            plan=self._plan(),
+            audit=self.route.audit(),
+            teacher_written=sum(s.teacher_written for s in self.live),
         )
+
+    def _plan(self) -> StepPlan:
+        o = self.options
+        return StepPlan(o.micro_batch_tokens, o.chunk_tokens, o.checkpointing, len(self.route.path.groups(self.live)))

@@ -8,23 +8,23 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from sdpo_core.errors import AdapterError
-from sdpo_core.lowrank import LowRank
-from sdpo_core.samples import TokenBatch
+from sdpo_core.lora_policy import LoraPolicy, seal_of
+
+__all__ = ["LoraPolicy", "LoraSpec", "attach_lora", "attached", "detach", "linear_names", "load_lora", "save_lora"]
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -41,79 +41,6 @@ class LoraSpec:
     """Last name parts of the layers to adapt, such as "q_proj"; None = every linear layer but the output head."""
     seed: int = 0
     """Seeds the A factors; B starts at zero, so a fresh adapter is the base model."""
-
-
-class LoraPolicy:
-    """A base model with one LoRA adapter attached; implements `sdpo_core.ema.DeltaPolicy`."""
-
-    def __init__(self, model: PeftModel, seal: Tensor | None = None) -> None:
-        self.model = model.eval()  # no dropout anywhere: a step must be reproducible
-        self._seal = seal
-
-    def base_intact(self) -> bool:
-        """Whether the base, adapter off, still answers bit for bit as it did before the adapter was attached."""
-        if self._seal is None:
-            return True
-        with self.model.disable_adapter():
-            return torch.equal(seal_of(self.model), self._seal)
-
-    @property
-    def device(self) -> torch.device:
-        device: torch.device = next(self.model.parameters()).device
-        return device
-
-    def base_unchanged(self, base: nn.Module) -> bool:
-        """The same of the detached base."""
-        return self._seal is None or torch.equal(seal_of(base), self._seal)
-
-    def trainable(self) -> list[tuple[str, nn.Parameter]]:
-        """LoRA factors in model order, named as in the saved adapter file's keys."""
-        return [
-            (name.replace(".default.", "."), parameter)
-            for name, parameter in self.model.named_parameters()
-            if ".lora_" in name
-        ]
-
-    def logits(self, batch: TokenBatch, *, adapter: bool) -> Tensor:
-        """(B, N - first_logit, V). `adapter=False`: the base model, without gradient."""
-        if adapter:
-            return self._forward(batch)
-        with torch.no_grad(), self.model.disable_adapter():
-            return self._forward(batch)
-
-    @torch.no_grad()
-    def deltas(self) -> dict[str, LowRank]:
-        """alpha / rank * B A of every adapted layer, as float32 copies."""
-        found = {}
-        for name, layer in self._layers():
-            b, a = layer.lora_B["default"].weight, layer.lora_A["default"].weight
-            found[name] = LowRank(layer.scaling["default"] * b.float(), a.detach().float().clone())
-        return found
-
-    def delta_logits(self, batch: TokenBatch, deltas: Mapping[str, LowRank]) -> Tensor:
-        """The base model plus `deltas`, one per adapted layer; the adapter itself is off. No gradient."""
-        with torch.no_grad(), self.model.disable_adapter(), ExitStack() as hooks:
-            for name, layer in self._layers():
-                hooks.callback(layer.register_forward_hook(_adding(deltas[name])).remove)
-            return self._forward(batch)
-
-    def _layers(self) -> list[tuple[str, Any]]:
-        return [(name, module) for name, module in self.model.named_modules() if isinstance(module, LoraLayer)]
-
-    def _forward(self, batch: TokenBatch) -> Tensor:
-        keep = batch.ids_BN.shape[1] - batch.first_logit
-        out = self.model(
-            input_ids=batch.ids_BN, attention_mask=batch.attention_BN, use_cache=False, logits_to_keep=keep
-        )
-        logits: Tensor = out.logits
-        return logits
-
-
-def _adding(delta: LowRank) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output + delta.apply(inputs[0]).to(output.dtype)
-
-    return hook
 
 
 def attach_lora(base: nn.Module, spec: LoraSpec) -> LoraPolicy:
@@ -133,14 +60,6 @@ def attach_lora(base: nn.Module, spec: LoraSpec) -> LoraPolicy:
     with torch.random.fork_rng():
         torch.manual_seed(spec.seed)
         return LoraPolicy(_wrap(base, config), seal)
-
-
-@torch.no_grad()
-def seal_of(model: nn.Module) -> Tensor:
-    """What the model answers to a few fixed tokens, (7, V). Any change of its weights shows in it, to the bit."""
-    device = next(model.parameters()).device
-    logits: Tensor = model.eval()(input_ids=torch.arange(7, device=device).unsqueeze(0), use_cache=False).logits
-    return logits[0].clone()
 
 
 def linear_names(base: nn.Module) -> list[str]:

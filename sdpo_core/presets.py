@@ -1,7 +1,7 @@
 """Presets: published systems as choices of the same options, never as code of their own.
 
 What belongs to a rollout or to the wording of a prompt is not an option: repeated feedback is `teacher_prompt`'s
-`repetitions`, teacher-written answers are `Sample.teacher_written`, environment rewards are `Sample.reward_advantage`.
+`repetitions`, teacher-written answers are `sdpo_core.rollouts`, environment rewards are `Sample.reward_advantage`.
 Line-by-line facts about the systems, with the places in their sources: docs/algorithm.md.
 """
 
@@ -72,7 +72,7 @@ def trl(**changes: Any) -> Options:
 def sdft(**changes: Any) -> Options:
     """TRL's SDFT: student's top 100 renormalised, alpha .5, frozen teacher (or `teacher="ema"` / `"live"`).
 
-    With answers that the teacher wrote, give `Sample(teacher_written=True)`: the ratio is 1, as theirs is off.
+    With answers that the teacher wrote, `learnt_from(..., "teacher")`: the ratio is 1, as theirs is off.
     """
     values: dict[str, Any] = {
         "alpha": 0.5, "support": "student", "top_k": 100, "outside": "renormalise", "is_clip": 2.0,

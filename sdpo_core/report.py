@@ -29,6 +29,30 @@ class BatchWarning:
 
 
 @dataclass(frozen=True)
+class Audit:
+    """Largest differences between the path that was used and the plain one, over the micro-batches of a step."""
+
+    loss: float
+    """Of a micro-batch, absolute."""
+    tokens: float
+    """Of any value of any token (divergence, log-prob, ratio, entropy, ...), absolute."""
+    gradient: float
+    """Norm of the difference over the norm, per micro-batch."""
+    teacher: float
+    """Of the teacher's kept log-probs, absolute."""
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """How much the step did at a time; smaller than asked for once memory has run out."""
+
+    micro_batch_tokens: int
+    chunk_tokens: int | None
+    checkpointing: bool
+    micro_batches: int
+
+
+@dataclass(frozen=True)
 class StepMetrics:
     """What one step saw, measured before its update. Means are weighted as the loss weights its tokens."""
 
@@ -59,6 +83,13 @@ class StepMetrics:
     seconds: float
     outcome: Outcome
     """What became of the step: weights moved, the gap was already closed, or the gradient was not finite."""
+    path: Literal["plain", "fast"] = "plain"
+    fallback_reason: str = ""
+    """Why it was the plain path although the options allow the fast one."""
+    plan: StepPlan | None = None
+    audit: Audit | None = None
+    teacher_written: int = 0
+    """Answers of the batch that the teacher wrote."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -86,10 +87,7 @@ class Scorer:
         """The base model behind the plain prompts."""
         found = []
         for part, logits_BTV in self._plain(samples, adapter=False):
-            for b, s in enumerate(part):
-                logits_TV, ids_T = logits_BTV[b, : len(s.response_ids)], self.ids(s)
-                logp_T = dv.token_log_probs(dv.log_probs(logits_TV), ids_T)
-                found.append(BaseScore(logp_T, dv.teacher_target(logits_TV, ids_T, BASE_DISTANCE)))
+            found += [base_score(logits_BTV[b, : len(s.response_ids)], self.ids(s)) for b, s in enumerate(part)]
         return found
 
     @torch.no_grad()
@@ -97,9 +95,7 @@ class Scorer:
         """The student as it is now, behind the plain prompts."""
         found = []
         for part, logits_BTV in self._plain(samples, adapter=True):
-            for b, s in enumerate(part):
-                logp_TV = dv.log_probs(logits_BTV[b, : len(s.response_ids)])
-                found.append(StartScore(dv.token_log_probs(logp_TV, self.ids(s)), dv.entropy(logp_TV)))
+            found += [start_score(logits_BTV[b, : len(s.response_ids)], self.ids(s)) for b, s in enumerate(part)]
         return found
 
     def _plain(self, samples: Sequence[Sample], *, adapter: bool) -> list[tuple[list[Sample], Tensor]]:
@@ -137,6 +133,18 @@ class StartScore:
     entropy: Tensor
 
 
+def base_score(logits_TV: Tensor, ids_T: Tensor) -> BaseScore:
+    """What is kept of the base's logits behind a plain prompt."""
+    logp_T = dv.token_log_probs(dv.log_probs(logits_TV), ids_T)
+    return BaseScore(logp_T, dv.teacher_target(logits_TV, ids_T, BASE_DISTANCE))
+
+
+def start_score(logits_TV: Tensor, ids_T: Tensor) -> StartScore:
+    """What is kept of the starting student's logits behind a plain prompt."""
+    logp_TV = dv.log_probs(logits_TV)
+    return StartScore(dv.token_log_probs(logp_TV, ids_T), dv.entropy(logp_TV))
+
+
 @dataclass(frozen=True)
 class Fixed:
     """What does not change during the batch, per live sample."""
@@ -147,7 +155,18 @@ class Fixed:
     """(T,) each: rollout correction times the entropy mask."""
 
 
-def score_fixed(scorer: Scorer, live: Sequence[Sample]) -> Fixed:
+class FixedScorer(Protocol):
+    """The part of a path that scores what is fixed."""
+
+    @property
+    def options(self) -> Options: ...
+
+    def base(self, samples: Sequence[Sample]) -> list[BaseScore]: ...
+
+    def start(self, samples: Sequence[Sample]) -> list[StartScore]: ...
+
+
+def score_fixed(scorer: FixedScorer, live: Sequence[Sample]) -> Fixed:
     """Score what the options need and nothing else."""
     options = scorer.options
     start = scorer.start(live) if options.needs_start else None

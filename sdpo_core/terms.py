@@ -45,6 +45,28 @@ class TokenTerms:
     logp: Tensor
     """Student log-probs of the response tokens, detached."""
 
+    def loss(self, base_kl_weight: float = 0.0, previous_kl_weight: float = 0.0) -> Tensor:
+        """What is summed into the loss, before the rows' weights. An anchor of weight 0 leaves no graph behind."""
+        loss_BT = self.distill
+        if base_kl_weight > 0:
+            loss_BT = loss_BT + base_kl_weight * self.anchor
+        if previous_kl_weight > 0:
+            loss_BT = loss_BT + previous_kl_weight * self.previous_anchor
+        return loss_BT
+
+
+@dataclass(frozen=True)
+class StudentView:
+    """All that the loss takes from the student's distributions, however it was computed; (B, T) or any one shape."""
+
+    logp: Tensor
+    """Of the response tokens, with gradient."""
+    divergence: Tensor
+    """From the teacher (`divergence.token_divergence`), with gradient."""
+    entropy: Tensor
+    base_kl: Tensor | None
+    """As in TokenTerms; None without a base target."""
+
 
 def token_terms(
     student_logits_BTV: Tensor,
@@ -72,20 +94,46 @@ def token_terms(
     on_BT1 = on_BT.unsqueeze(-1)
     logits = torch.where(on_BT1, student_logits_BTV, torch.zeros_like(student_logits_BTV))
     student = dv.scores(logits)
-    target = _clean(target, on_BT)
-    student_BT = dv.token_log_probs(student.logp, response_ids_BT)
-    logp_BT = student_BT.detach()
+    target = clean(target, on_BT)
+    view = StudentView(
+        logp=dv.token_log_probs(student.logp, response_ids_BT),
+        divergence=dv.token_divergence(student, target, response_ids_BT, spec),
+        entropy=dv.entropy(student.logp.detach()),
+        base_kl=_base_distance(student, base_target, response_ids_BT, on_BT),
+    )
+    return terms_of(
+        view, target, on_BT, spec, is_clip=is_clip, behaviour_BT=behaviour_BT, base_logp_BT=base_logp_BT,
+        previous_logp_BT=previous_logp_BT, token_weights_BT=token_weights_BT, policy_gradient=policy_gradient,
+        rewards_B=rewards_B,
+    )  # fmt: skip
+
+
+def terms_of(
+    view: StudentView,
+    target: Target,
+    on_BT: Tensor,
+    spec: DivergenceSpec,
+    *,
+    is_clip: float | None,
+    behaviour_BT: Tensor | None = None,
+    base_logp_BT: Tensor | None = None,
+    previous_logp_BT: Tensor | None = None,
+    token_weights_BT: Tensor | None = None,
+    policy_gradient: PolicyGradient | None = None,
+    rewards_B: Tensor | None = None,
+) -> TokenTerms:
+    """`token_terms` from what was read of the student; `target` is clean, `on_BT` boolean."""
+    logp_BT = view.logp.detach()
     behaviour = logp_BT
     if behaviour_BT is not None:
         behaviour = torch.where(on_BT & ~behaviour_BT.isnan(), behaviour_BT.detach().float(), logp_BT)
     ratio = importance_ratio(logp_BT, behaviour, is_clip)
-    raw_divergence = dv.token_divergence(student, target, response_ids_BT, spec)
-    distill = raw_divergence * ratio
+    distill = view.divergence * ratio
     if policy_gradient is not None:
-        distill = policy_gradient_loss(student_BT, target.logp, behaviour, on_BT, policy_gradient, rewards_B)
+        distill = policy_gradient_loss(view.logp, target.logp, behaviour, on_BT, policy_gradient, rewards_B)
     if token_weights_BT is not None:
         distill = distill * token_weights_BT.detach().float()
-    gap = k3(target.logp, logp_BT) if spec.support == "sampled" else raw_divergence.detach()
+    gap = k3(target.logp, logp_BT) if spec.support == "sampled" else view.divergence.detach()
 
     def keep(x_BT: Tensor) -> Tensor:
         return torch.where(on_BT, x_BT, torch.zeros_like(x_BT))
@@ -93,7 +141,7 @@ def token_terms(
     def anchored(anchor_BT: Tensor | None) -> Tensor:
         if anchor_BT is None:
             return torch.zeros_like(logp_BT)
-        return keep(k3(student_BT, torch.where(on_BT, anchor_BT.detach().float(), logp_BT)))
+        return keep(k3(view.logp, torch.where(on_BT, anchor_BT.detach().float(), logp_BT)))
 
     return TokenTerms(
         distill=keep(distill),
@@ -102,20 +150,20 @@ def token_terms(
         gap=keep(gap),
         ratio=keep(ratio),
         raw_ratio=keep(bounded_log_ratio(logp_BT, behaviour).exp()),
-        base_kl=keep(_base_distance(student, base_target, response_ids_BT, on_BT)),
-        entropy=keep(dv.entropy(student.logp.detach())),
+        base_kl=torch.zeros_like(logp_BT) if view.base_kl is None else keep(view.base_kl),
+        entropy=keep(view.entropy),
         logp=keep(logp_BT),
     )
 
 
 @torch.no_grad()
-def _base_distance(student: dv.Scores, base: Target | None, response_ids_BT: Tensor, on_BT: Tensor) -> Tensor:
+def _base_distance(student: dv.Scores, base: Target | None, response_ids_BT: Tensor, on_BT: Tensor) -> Tensor | None:
     if base is None:
-        return torch.zeros_like(on_BT, dtype=torch.float32)
-    return dv.token_divergence(student, _clean(base, on_BT), response_ids_BT, BASE_DISTANCE)
+        return None
+    return dv.token_divergence(student, clean(base, on_BT), response_ids_BT, BASE_DISTANCE)
 
 
-def _clean(target: Target, on_BT: Tensor) -> Target:
+def clean(target: Target, on_BT: Tensor) -> Target:
     """Detach the teacher, put 0 where the mask is off, and replace -inf by the floor."""
 
     def tidy(x: Tensor | None) -> Tensor | None:

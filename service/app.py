@@ -11,8 +11,8 @@ from fastapi import FastAPI
 from api_schemas.errors import ErrorResponse
 from service import problems
 from service.context import Context
-from service.middleware import BodyLimit, RequestIds
-from service.routes import adapters, chat, feedback, health, jobs, messages, models, uploads, worker
+from service.middleware import Limits, RequestIds
+from service.routes import adapters, chat, erasure, feedback, health, jobs, messages, models, uploads, webhooks, worker
 
 PUBLIC_PATHS = frozenset({"/healthz", "/readyz", "/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"})
 """What answers without a key; a test holds every other route to having a guard."""
@@ -21,13 +21,18 @@ PUBLIC_PATHS = frozenset({"/healthz", "/readyz", "/openapi.json", "/docs", "/doc
 def create_app(context: Context) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        publishing = asyncio.create_task(context.publisher.run())
+        background = [asyncio.create_task(part.run()) for part in (context.publisher, context.sender)]
         try:
             yield
         finally:
-            publishing.cancel()
-            with suppress(asyncio.CancelledError):
-                await publishing
+            context.stopping.set()
+            for task in background:
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
+            await context.ingest.close()  # what was taken is on disk before we go
+            await context.callers.close()
+            await context.publisher.office.resign()
             await context.serving.close()
             context.database.close()
 
@@ -44,14 +49,16 @@ def create_app(context: Context) -> FastAPI:
         messages.router,
         models.router,
         feedback.router,
+        erasure.router,
         jobs.router,
         adapters.router,
         uploads.router,
+        webhooks.router,
         worker.router,
         health.router,
     ):
         app.include_router(router)
-    app.add_middleware(BodyLimit, limit=context.settings.max_body_bytes, uploads=context.settings.max_upload_bytes)
+    app.add_middleware(Limits, settings=context.settings)
     app.add_middleware(RequestIds)
     problems.install(app)
     return app

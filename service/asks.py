@@ -38,6 +38,7 @@ class Ask:
     show_token_ids: bool
     show_usage: bool
     id_prefix: str
+    user: str | None
 
     @property
     def path(self) -> str:
@@ -143,4 +144,5 @@ def _shown(request: Sampling) -> Json:
         "store": request.store,
         "show_token_ids": request.return_token_ids,
         "show_usage": request.wants_usage,
+        "user": request.person,
     }

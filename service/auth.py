@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from typing import Annotated
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Annotated, Any
 
-from fastapi import Depends, Request
-from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
+from fastapi import APIRouter, Depends, Request, Response
+from fastapi.routing import APIRoute
+from fastapi.security import APIKeyHeader, HTTPBearer
 
 from service.context import Context
 from service.errors import Forbidden, Unauthenticated
@@ -14,6 +15,9 @@ from service.store.keys import Principal
 
 _bearer = HTTPBearer(auto_error=False, description="An API key made by `perennial keys create`.")
 _header = APIKeyHeader(name="x-api-key", auto_error=False, description="The same key, as Anthropic's clients send it.")
+
+
+Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
 async def context_of(request: Request) -> Context:
@@ -25,22 +29,41 @@ async def context_of(request: Request) -> Context:
 Ctx = Annotated[Context, Depends(context_of)]
 
 
-def principal(
-    context: Ctx,
-    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
-    header: Annotated[str | None, Depends(_header)],
-) -> Principal:
-    """The owner of the presented key."""
-    key = credentials.credentials if credentials is not None else header
-    if key is not None:
-        with context.database.read() as s:
-            found = context.keys.check(s, key)
-        if found is not None:
+class KeyFirst(APIRoute):
+    """Checks the key before the body is read: who has none makes us parse nothing."""
+
+    def get_route_handler(self) -> Handler:
+        handler = super().get_route_handler()
+
+        async def checked(request: Request) -> Response:
+            request.state.principal = await principal(request)
+            return await handler(request)
+
+        return checked
+
+
+def guarded(**options: Any) -> APIRouter:
+    """A router of which every route needs a key."""
+    return APIRouter(route_class=KeyFirst, dependencies=[Depends(_bearer), Depends(_header)], **options)
+
+
+async def principal(request: Request) -> Principal:
+    """The owner of the presented key. Requests that come together are looked up together; none is remembered."""
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    key = token.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key")
+    if key:
+        context: Context = request.app.state.context
+        if (found := await context.callers.submit(key)) is not None:
             return found
     raise Unauthenticated("Send a valid API key: `Authorization: Bearer pk_...`.")
 
 
-Caller = Annotated[Principal, Depends(principal)]
+async def _checked(request: Request) -> Principal:
+    found: Principal = request.state.principal
+    return found
+
+
+Caller = Annotated[Principal, Depends(_checked)]
 
 
 def requires(scope: str) -> Callable[[Principal], Awaitable[Principal]]:

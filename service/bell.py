@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 
 
 class Bell:
@@ -28,7 +29,7 @@ class Bell:
     @staticmethod
     async def wait(ticket: asyncio.Event, timeout: float) -> None:
         """Until rung or `timeout` seconds have gone."""
-        try:
-            await asyncio.wait_for(ticket.wait(), timeout)
-        except TimeoutError:
-            return
+        # Not `wait_for`: before Python 3.12 it loses a cancellation that comes together with the ring.
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                await ticket.wait()

@@ -11,13 +11,16 @@ from typing import Annotated, NoReturn
 
 import httpx2
 import typer
-import uvicorn
+from pydantic import ValidationError
+from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from service import context as contexts
-from service import first_run
+from service import first_run, server
 from service.app import create_app
 from service.cli_client import adapters_app, chat, feedback_app, jobs_app
+from service.cli_preview import preview as preview_feedback
+from service.cli_upkeep import doctor, erase_tenant, scrub
 from service.db import migrate as migrations
 from service.db.engine import Database
 from service.errors import PerennialError
@@ -31,7 +34,11 @@ app.add_typer(keys_app, name="keys")
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(feedback_app, name="feedback")
 app.add_typer(jobs_app, name="jobs")
+feedback_app.command("preview")(preview_feedback)
 app.command("chat")(chat)
+app.command("doctor")(doctor)
+app.command("scrub")(scrub)
+app.command("erase-tenant")(erase_tenant)
 
 DEMO_MODEL = Path(__file__).parent.parent / "demo" / "model"
 
@@ -42,7 +49,7 @@ def up(
     model: Annotated[Path, typer.Option(help="Directory of the base model.")] = DEMO_MODEL,
     base_model: Annotated[str | None, typer.Option(help="The name that clients see.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port of the API; 0 picks one.")] = 8700,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the API; 0 picks one.")] = 8700,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Service, worker and embedded engine in one go."""
@@ -57,7 +64,7 @@ def up(
             stack.watch()
     except KeyboardInterrupt:
         typer.echo("Stopped.")
-    except PartFailed as error:
+    except (PartFailed, OSError) as error:
         _end(str(error))
 
 
@@ -67,20 +74,13 @@ def serve() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     for library in ("httpx2", "alembic"):
         logging.getLogger(library).setLevel(logging.WARNING)
-    settings = Settings()
+    settings = _settings()
     _migrated(settings).close()
     try:
         context = contexts.build(settings)
-    except (FileNotFoundError, PerennialError) as error:
+    except (OSError, PerennialError) as error:
         _end(str(error))
-    uvicorn.run(
-        create_app(context),
-        host=settings.host,
-        port=settings.port,
-        access_log=False,
-        timeout_graceful_shutdown=10,
-        server_header=False,
-    )
+    server.run(create_app(context), context)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
@@ -104,8 +104,12 @@ def preflight(ctx: typer.Context) -> None:
 @app.command()
 def migrate() -> None:
     """Bring the database to this version's schema."""
-    database = _database(Settings())
-    migrations.migrate(database)
+    settings = _settings()
+    try:
+        settings.data_dir.mkdir(parents=True, exist_ok=True)
+        migrations.migrate(Database(settings.db_url))
+    except (OSError, SQLAlchemyError, PerennialError) as error:
+        _end(f"The database cannot be used: {error}")
     typer.echo("The database is up to date.")
 
 
@@ -133,7 +137,7 @@ def health(
     try:
         answer = httpx2.get(url, timeout=5.0)
         well = answer.status_code == 200 if part is None else answer.json()["parts"][part] == "ok"
-    except (httpx2.HTTPError, ValueError, KeyError) as error:
+    except (httpx2.HTTPError, httpx2.InvalidURL, ValueError, KeyError) as error:
         _end(f"{url}: {error!r}")
     if not well:
         _end(f"{url}: {answer.status_code} {answer.text[:200]}")
@@ -152,8 +156,9 @@ def create_key(
     if worker_key and (tenant or scope):
         _end("A worker's key has neither tenant nor scopes of its own.")
     scopes = keys.WORKER_SCOPES if worker_key else frozenset(scope or keys.CLIENT_SCOPES)
-    settings = Settings()
+    settings = _settings()
     database = _migrated(settings)
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
     ring = keys.KeyRing(keys.server_secret(settings.data_dir / "server.secret"))
     owner = None if worker_key else tenant or keys.DEFAULT_TENANT
     try:
@@ -169,31 +174,41 @@ def create_key(
 @keys_app.command("list")
 def list_keys() -> None:
     """Public ids, owners and scopes; the keys themselves are not kept."""
-    with _migrated(Settings()).read() as s:
+    with _migrated(_settings()).read() as s:
         for key, tenant in keys.listing(s):
             state = "revoked" if key.revoked_at else "active"
             typer.echo(f"{key.id}  {tenant or '(worker)':20} {state:8} {key.name:20} {','.join(key.scopes)}")
 
 
 @keys_app.command("revoke")
-def revoke_key(public_id: Annotated[str, typer.Argument(help="The part after `pk_`.")]) -> None:
+def revoke_key(key: Annotated[str, typer.Argument(help="The whole key, or its public id as `list` shows it.")]) -> None:
     """End a key at once."""
     try:
-        with _migrated(Settings()).write() as s:
-            keys.revoke(s, public_id)
+        with _migrated(_settings()).write() as s:
+            keys.revoke(s, keys.public_id(key))
     except PerennialError as error:
         _end(error.message)
     typer.echo("Revoked.")
 
 
-def _database(settings: Settings) -> Database:
-    settings.data_dir.mkdir(parents=True, exist_ok=True)
-    return Database(settings.db_url)
+def _settings() -> Settings:
+    """From the environment; ends the command with the variable at fault."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = "".join(f"PERENNIAL_{part}: ".upper() for part in first["loc"][:1])
+        _end(f"{name}{first['msg']}")
+    except (OSError, ValueError) as error:  # of a file named by PERENNIAL_..._FILE
+        _end(str(error))
 
 
 def _migrated(settings: Settings) -> Database:
     """The database, if it has this version's schema; else the command ends and says what to do."""
-    database = _database(settings)
+    file = make_url(settings.db_url)
+    if file.get_backend_name() == "sqlite" and not Path(file.database or "").exists():
+        _end(f"There is no database at {file.database}: run `perennial migrate` first, or set PERENNIAL_DATA_DIR.")
+    database = Database(settings.db_url)
     try:
         pending = migrations.pending(database)
     except SQLAlchemyError as error:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import httpx2
 
-from service import admission
+from service import admission, ingest
 from service.asks import sampling_defaults
 from service.bell import Bell
 from service.db.engine import Database
 from service.engine_client import EngineClient
+from service.gathered import Gathered
+from service.ingest import Ingest
 from service.serving.artifacts import Artifacts
 from service.serving.fleet import Fleet
 from service.serving.publisher import Publisher
 from service.serving.replica import Replica
 from service.settings import Settings
-from service.store.keys import KeyRing, server_secret
+from service.store.keys import KeyRing, Principal, server_secret
+from service.webhooks.sender import Sender
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,12 @@ class Context:
     """The model's own sampling, for what a request leaves open."""
     work: Bell
     """Rung when a job is queued: workers that wait for one look again."""
+    callers: Gathered[str, Principal | None]
+    """Whose is this key?"""
+    ingest: Ingest
+    sender: Sender
+    stopping: threading.Event
+    """Set when this process is told to end: streams and waiting requests come to an end by themselves."""
 
     @property
     def engine(self) -> EngineClient:
@@ -63,14 +73,27 @@ def build(settings: Settings, *, transport: httpx2.AsyncBaseTransport | None = N
     }
     replicas = [Replica(url, client, artifacts, settings, settings.base_name) for url, client in clients.items()]
     serving = Fleet(replicas, settings.base_name)
+    ring = KeyRing(server_secret(settings.data_dir / "server.secret"))
     return Context(
         settings=settings,
         database=database,
         serving=serving,
         publisher=Publisher(database, serving, settings),
-        keys=KeyRing(server_secret(settings.data_dir / "server.secret")),
+        keys=ring,
         base_model=settings.base_name,
         base_shapes=admission.linear_shapes(settings.model_dir),
         sampling_defaults=sampling_defaults(settings.model_dir),
         work=Bell(),
+        callers=_callers(database, ring),
+        ingest=ingest.gatherer(database, settings),
+        sender=Sender(database, ring, settings.webhook_policy, backoff=settings.webhook_backoff_seconds),
+        stopping=threading.Event(),
     )
+
+
+def _callers(database: Database, ring: KeyRing) -> Gathered[str, Principal | None]:
+    def look(keys: Sequence[str]) -> list[Principal | None]:
+        with database.read() as s:
+            return ring.check_all(s, keys)
+
+    return Gathered("keys", look, most=256, room=10_000)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from types import TracebackType
-from typing import Any, NoReturn, Self, cast, get_args
+from typing import Any, Self, cast, get_args
 
 import httpx2
 
-from service.errors import EngineError, PerennialError, TooMany, Unavailable, Unprocessable
+from service.engine_answers import EngineAway, LoadRefused, detail, events, json_of, refuse, with_choices
+from service.engine_transport import EngineTransport
+from service.errors import EngineError, PerennialError, Unavailable, Unprocessable
 from service.logprobs_mode import Mode, judged, probe_payload, top_values
-from service.sse import data_blocks
 
 CONTROL_TIMEOUT = 120.0
 """Seconds for loading an adapter; loads of large ones are slow."""
@@ -22,24 +22,8 @@ PROBE_TIMEOUT = 15.0
 """Seconds for one token."""
 
 
-class ModelNotLoaded(Unavailable):
-    """The engine does not know the served name (any more): load it and ask again."""
-
-    code = "model_not_served"
-
-
-class EngineAway(Unavailable):
-    """No connection, or one that broke."""
-
-    code = "engine_unavailable"
-
-
-class LoadRefused(Exception):
-    """The engine sees this adapter's files and cannot load them (vLLM: 500 for what it cannot read)."""
-
-
 class EngineClient:
-    """One pooled connection to one engine.
+    """One engine, over one pool of connections.
 
     Every method raises Unavailable when the engine does not answer.
     """
@@ -57,8 +41,7 @@ class EngineClient:
             base_url=base_url,
             headers={"accept-encoding": "identity"} | ({"authorization": f"Bearer {api_key}"} if api_key else {}),
             timeout=httpx2.Timeout(timeout, connect=5.0),
-            limits=httpx2.Limits(max_connections=512, max_keepalive_connections=64),
-            transport=transport,
+            transport=transport or EngineTransport(),
         )
         self._known_mode = logprobs_mode
         self._mode: Mode | None = None
@@ -79,7 +62,7 @@ class EngineClient:
     async def models(self) -> dict[str, dict[str, Any]]:
         """Everything that the engine can answer as, by name; `root` of an adapter is its directory."""
         response = await self._call("GET", "/v1/models", timeout=5.0)
-        body = _body(response)
+        body = json_of(response)
         try:
             known = {str(m["id"]): dict(m) for m in body["data"]}
         except (KeyError, TypeError, ValueError) as error:
@@ -117,7 +100,7 @@ class EngineClient:
             return self._mode
 
     async def _probed_mode(self, model: str) -> Mode:
-        said = _body(await self._call("GET", "/version", timeout=5.0)).get("logprobs_mode")
+        said = json_of(await self._call("GET", "/version", timeout=5.0)).get("logprobs_mode")
         for mode in get_args(Mode):
             if said == mode:
                 return cast(Mode, mode)
@@ -140,18 +123,18 @@ class EngineClient:
         if response.status_code == 400 and (await self.models()).get(name, {}).get("root") == path:
             return
         if response.status_code in (400, 500):
-            raise LoadRefused(_detail(response, "message"))
+            raise LoadRefused(detail(response, "message"))
         if response.status_code in (403, 404):
             raise Unavailable(
                 f"The engine finds no adapter at {path}: does it have the adapters directory?", code="engine_files"
             )
-        _refuse(response)
+        refuse(response)
 
     async def unload(self, name: str) -> None:
         """Drop the name; requests that run on it finish. A name that is not there counts as done."""
         response = await self._call("POST", "/v1/unload_lora_adapter", json={"lora_name": name}, timeout=30.0)
         if response.status_code not in (200, 404):
-            _refuse(response)
+            refuse(response)
 
     async def count_tokens(self, model: str, prompt: str | list[dict[str, str]]) -> int:
         """Length of a plain text, or of a conversation with its generation header, in the model's tokens."""
@@ -160,7 +143,7 @@ class EngineClient:
             body |= {"prompt": prompt, "add_special_tokens": False}
         else:
             body |= {"messages": prompt}
-        count = _body(await self._call("POST", "/tokenize", json=body, timeout=30.0)).get("count")
+        count = json_of(await self._call("POST", "/tokenize", json=body, timeout=30.0)).get("count")
         if not isinstance(count, int):
             raise EngineError("The engine did not count the tokens.")
         return count
@@ -168,7 +151,8 @@ class EngineClient:
     async def score(self, model: str, token_ids: list[int]) -> list[float]:
         """Raw log-prob of every token but the first, given those before it."""
         payload = {"model": model, "prompt": token_ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
-        choice = _body(await self._call("POST", "/v1/completions", json=payload, timeout=CONTROL_TIMEOUT))["choices"][0]
+        answer = await self._call("POST", "/v1/completions", json=payload, timeout=CONTROL_TIMEOUT)
+        choice = json_of(answer)["choices"][0]
         try:
             rows = choice["prompt_logprobs"][1:]
             return [float(row[str(t)]["logprob"]) for t, row in zip(token_ids[1:], rows, strict=True)]
@@ -179,7 +163,7 @@ class EngineClient:
         """One generated token: the only proof that an engine lives. Raises EngineError when it gives none."""
         payload = {"model": model, "prompt": "a", "max_tokens": 1, "temperature": 0}
         try:
-            body = _body(await self._call("POST", "/v1/completions", json=payload, timeout=PROBE_TIMEOUT))
+            body = json_of(await self._call("POST", "/v1/completions", json=payload, timeout=PROBE_TIMEOUT))
         except Unprocessable as error:
             raise EngineError(f"The engine does not answer a one-token request: {error.message}") from error
         if not body.get("choices"):
@@ -187,7 +171,7 @@ class EngineClient:
 
     async def generate(self, path: str, payload: dict[str, Any]) -> dict[str, Any]:
         """One whole answer. Raises ModelNotLoaded, Unprocessable (with the engine's reason), EngineError."""
-        body = _with_choices(_body(await self._call("POST", path, json=payload)))
+        body = with_choices(json_of(await self._call("POST", path, json=payload)))
         if not body["choices"]:
             raise EngineError("The engine's answer has no choices.")
         return body
@@ -202,8 +186,8 @@ class EngineClient:
             async with self._http.stream("POST", path, json=payload) as response:
                 if response.status_code != 200:
                     await response.aread()
-                    _refuse(response)
-                yield _events(response)
+                    refuse(response)
+                yield events(response)
         except httpx2.RequestError as error:
             raise self._away(error) from error
 
@@ -218,91 +202,3 @@ class EngineClient:
             return Unavailable("The engine took too long; ask for fewer tokens.", code="engine_timeout", retry_after=5)
         self._mode = None  # it may come back as another
         return EngineAway("The inference engine does not answer; try again.", retry_after=2)
-
-
-async def _events(response: httpx2.Response) -> AsyncIterator[list[dict[str, Any]]]:
-    """To the very end of the body, which comes right behind [DONE]: only then is the connection used again."""
-    done = False
-    try:
-        async for block in data_blocks(response.aiter_raw()):
-            events: list[dict[str, Any]] = []
-            for data in block:
-                done = done or data == b"[DONE]"
-                if done:
-                    break
-                event = _parsed(data)
-                if event.get("error") is not None:
-                    if events:
-                        yield events
-                    raise EngineError("The engine broke off this answer; try again.")
-                events.append(_with_choices(event))
-            if events:
-                yield events
-    except ValueError as error:
-        raise EngineError("The engine's answer cannot be read.") from error
-    if not done:
-        raise EngineError("The engine's answer ended early; try again.")
-
-
-def _parsed(text: str | bytes) -> dict[str, Any]:
-    """A JSON object without NaN or Infinity, which could neither be stored nor passed on."""
-    try:
-        body = json.loads(text, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise EngineError("The engine's answer cannot be read.") from error
-    if not isinstance(body, dict):
-        raise EngineError("The engine's answer cannot be read.")
-    return body
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _with_choices(body: dict[str, Any]) -> dict[str, Any]:
-    """`body`, if it has a list of choices; a stream's usage comes with an empty one."""
-    choices = body.get("choices")
-    if not isinstance(choices, list) or not all(isinstance(c, dict) for c in choices):
-        raise EngineError("The engine's answer has no choices.")
-    return body
-
-
-def _body(response: httpx2.Response) -> dict[str, Any]:
-    if response.status_code != 200:
-        _refuse(response)
-    return _parsed(response.content)
-
-
-def _refuse(response: httpx2.Response) -> NoReturn:
-    """An engine's error as one of ours. Its text passes on only where it is about the caller's own request."""
-    status, message = response.status_code, _detail(response, "message")
-    if status == 404 and message == "Not Found":  # the route, not the model
-        raise Unprocessable("This engine does not do this kind of request.", code="unsupported_by_engine")
-    if status == 404:
-        raise ModelNotLoaded("The engine does not serve this model at present; try again.", retry_after=2)
-    if status in (400, 422):
-        raise Unprocessable(message, code=_refusal_code(message), param=_detail(response, "param")[:128] or None)
-    if status == 429:
-        raise TooMany("The engine is busy; try again.", code="engine_busy", retry_after=1)
-    if status == 503:
-        raise Unavailable("The engine is busy; try again.", code="engine_busy", retry_after=1)
-    raise EngineError("The engine failed on this request; try again.")
-
-
-def _refusal_code(message: str) -> str:
-    if "maximum context length" in message or "context_length" in message:
-        return "context_length_exceeded"
-    return "unsupported_by_engine" if "does not support" in message else "invalid_request"
-
-
-def _detail(response: httpx2.Response, field: str) -> str:
-    """A field of the engine's error; of what is no error object, the text itself as `message`."""
-    try:
-        body = response.json()
-    except ValueError:
-        body = response.text
-    detail = body.get("error", body.get("detail", body)) if isinstance(body, dict) else body
-    if isinstance(detail, dict):
-        found = detail.get(field)
-        return "" if found is None else str(found)[:500]
-    return str(detail)[:500] if field == "message" else ""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from typing import Any
 
+import orjson
 from anyio import CancelScope
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -38,7 +38,7 @@ def _data(event: bytes) -> Iterator[bytes]:
 
 def encoded(body: Any) -> bytes:
     """Compact JSON in UTF-8."""
-    return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+    return orjson.dumps(body)
 
 
 def event(body: Any, name: str | None = None) -> bytes:

@@ -1,8 +1,8 @@
-"""One lease, from its grant to commit, failure, release or loss. Imports no torch.
+"""One lease, from its grant to commit or result, failure, release or loss. Imports no torch.
 
-Three things happen side by side: the work (train, then commit), the heartbeats, and the wait for a shutdown. The first
-to end decides. Giving up is always safe: what a run has written is invisible until the service commits it, and the
-service commits nothing under an old token.
+Three things happen side by side: the work (train and commit, or preview), the heartbeats, and the wait for a shutdown.
+The first to end decides. Giving up is always safe: what a run has written is invisible until the service commits it,
+and the service commits nothing under an old token.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from enum import Enum
 from typing import TypeVar
 
 from api_schemas.jobs import JobError, JobProgress, StepMetrics
+from api_schemas.preview import ResultRequest
 from api_schemas.worker import CommitRequest, FailRequest, Heartbeat, Lease
 from worker.errors import LeaseLostError, RefusedError, ServiceUnavailableError, TrainerDiedError, VersionRejectedError
-from worker.messages import Done, Failed, Outcome, Progress, Step, Stopped
+from worker.messages import Done, Failed, Outcome, Previewed, Progress, Step, Stopped
 from worker.service_client import ServiceClient
 from worker.settings import WorkerSettings
 from worker.trainer_process import TrainerProcess
@@ -70,7 +71,7 @@ class Attempt:
         self._metrics: list[StepMetrics] = []
         self._progress: JobProgress | None = None
         self._news = asyncio.Event()
-        self._commit_sent = False
+        self._result_sent = False
         self._last_heard = time.monotonic()
 
     async def run(self) -> None:
@@ -80,7 +81,7 @@ class Attempt:
         stop = asyncio.create_task(self._stopping.wait())
         try:
             await asyncio.wait({beats, work, stop}, return_when=asyncio.FIRST_COMPLETED)
-            if self._commit_sent and not work.done():  # its answer is near, and tells what really happened
+            if self._result_sent and not work.done():  # its answer is near, and tells what really happened
                 await asyncio.wait({work}, timeout=self._settings.stop_grace_seconds)
             if work.done():
                 work.result()
@@ -115,10 +116,12 @@ class Attempt:
     async def _finish(self, outcome: Outcome) -> None:
         if isinstance(outcome, Done):
             await self._commit(outcome)
+        elif isinstance(outcome, Previewed):
+            await self._answer(outcome)
         elif isinstance(outcome, Failed):
             await self._fail(outcome)
         else:
-            assert isinstance(outcome, Stopped)  # noqa: S101 - the third of three
+            assert isinstance(outcome, Stopped)  # noqa: S101 - all the others are above
             log.info("run %s: stopped", self._lease.run_id)
 
     async def _commit(self, done: Done) -> None:
@@ -132,7 +135,7 @@ class Attempt:
             training_seconds=done.training_seconds,
             canary=done.canary,
         )
-        self._commit_sent = True
+        self._result_sent = True
         try:
             reply = await self._until_answered(lambda: self._client.commit(self._lease.run_id, request))
         except RefusedError as error:
@@ -141,9 +144,21 @@ class Attempt:
             return
         log.info("run %s: committed as version %d of %s", self._lease.run_id, reply.version, self._lease.adapter_id)
 
+    async def _answer(self, previewed: Previewed) -> None:
+        request = ResultRequest(token=self._lease.token, preview=previewed.preview)
+        self._result_sent = True
+        try:
+            await self._until_answered(lambda: self._client.result(self._lease.run_id, request))
+        except RefusedError as error:
+            await self._fail(
+                Failed(run_id=previewed.run_id, code="result_refused", message=str(error), retryable=False)
+            )
+            return
+        log.info("run %s: preview sent", self._lease.run_id)
+
     async def _fail(self, failed: Failed) -> None:
         log.warning("run %s: failed with %s (retryable: %s)", failed.run_id, failed.code, failed.retryable)
-        if not self._commit_sent:
+        if not self._result_sent:
             self._discard()
         error = JobError(code=failed.code, message=failed.message)
         request = FailRequest(token=self._lease.token, error=error, retryable=failed.retryable)
@@ -166,7 +181,7 @@ class Attempt:
         sent = 0
         while True:
             await self._wait_for_beat(pause)
-            if not self._commit_sent and time.monotonic() - self._last_heard > self._settings.stall_seconds:
+            if not self._result_sent and time.monotonic() - self._last_heard > self._settings.stall_seconds:
                 return LeaseEnd.STALLED
             self._news.clear()
             upto = min(len(self._metrics), sent + MAX_METRICS_PER_BEAT)
@@ -234,4 +249,4 @@ class Attempt:
 
     def _discard(self) -> None:
         s, lease = self._settings, self._lease
-        discard(s.adapters_root, lease.adapter_id, lease.run_id, lease.token, published=not self._commit_sent)
+        discard(s.adapters_root, lease.adapter_id, lease.run_id, lease.token, published=not self._result_sent)

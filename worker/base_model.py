@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from worker.memory import Quantise
+from worker.memory import ModelShape, Quantise, read_shape
 from worker.settings import Device, Dtype
 
 
@@ -26,7 +26,9 @@ class BaseModel:
     """Most positions of one sequence, prompt and response together."""
 
     batch_tokens: int = 8192
-    """Padded tokens of one micro-batch that this machine's memory takes."""
+    """Most tokens of one micro-batch."""
+    shape: ModelShape | None = None
+    """For plans by the memory that is free; None where the model is of an unknown form."""
 
     @property
     def device(self) -> torch.device:
@@ -51,7 +53,14 @@ def load_base(directory: Path, name: str, device: Device, dtype: Dtype, quantise
     config: Any = module.config
     module.requires_grad_(False)
     placed = module if extra else module.to(place)  # quantised weights were put there as they were loaded
-    return BaseModel(name, placed.eval(), tokenizer, int(config.max_position_embeddings))
+    return BaseModel(name, placed.eval(), tokenizer, int(config.max_position_embeddings), shape=_shape(directory))
+
+
+def _shape(directory: Path) -> ModelShape | None:
+    try:
+        return read_shape(directory)
+    except (OSError, ValueError):
+        return None
 
 
 def _four_bit(place: torch.device, dtype: torch.dtype) -> dict[str, Any]:

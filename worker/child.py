@@ -73,10 +73,12 @@ class Channel:
 
 def run_task(task: Task, base: BaseModel, root: Path, channel: Channel) -> Outcome:
     """One lease to its outcome. Unforeseen errors are reported by type alone: their text may quote what users wrote."""
-    from worker.job import run_job
+    from worker.job import run_job, run_preview
 
     lease = task.train.lease
     try:
+        if lease.kind == "preview":
+            return run_preview(lease, base, root, report=channel.send)
         return run_job(lease, base, root, report=channel.send, should_stop=task.stop.is_set)
     except StoppedError:
         return Stopped(run_id=lease.run_id)

@@ -27,6 +27,16 @@ def samples_of(lease: Lease, base: BaseModel) -> list[Sample]:
     return [_sample(item, lease, base) for item in lease.items]
 
 
+def untold_prompts(lease: Lease, base: BaseModel, samples: list[Sample]) -> list[tuple[int, ...]]:
+    """Per item what the teacher reads without this item's own feedback: the conversation and what else stands."""
+    found = []
+    for item, sample in zip(lease.items, samples, strict=True):
+        others = [r for r in lease.standing_feedback if r.strip() != item.feedback.strip()]
+        quiet = item.model_copy(update={"feedback": "", "demonstration": None})
+        found.append(_teacher(quiet, others, base, len(sample.response_ids)).ids)
+    return found
+
+
 def probes_of(lease: Lease, samples: list[Sample]) -> list[Probe]:
     """The batch's answers, as material for judging which remarks stand."""
     return [

@@ -1,7 +1,9 @@
-"""One lease, from its items to a version on disk. A function of the lease, the parent's files and the base model.
+"""One lease, from its items to a version on disk, or to a preview. A function of the lease, the parent's files and the
+base model.
 
 The same lease gives the same bytes on the same machine: the seed is the lease's, the order of the items is the
-lease's, and nothing of the clock goes into a file.
+lease's, and nothing of the clock goes into a file. Where memory is short, the plan (worker.plan) may cut the batch
+another way, and sums round differently; the version records it.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,11 +24,13 @@ from torch.optim import AdamW
 from api_schemas.worker import FileEntry, ItemReport, Lease
 from sdpo_core.ema import EmaTeacher, has_ema, load_ema, make_ema, save_ema
 from sdpo_core.errors import AdapterError, SampleError
+from sdpo_core.explain import explain
 from sdpo_core.loop import train_batch
 from sdpo_core.lora import LoraPolicy, LoraSpec, attached, save_lora
 from sdpo_core.optimizer import load_optimizer, make_optimizer, save_optimizer
 from sdpo_core.options import Options
 from sdpo_core.report import BatchResult, StepMetrics
+from sdpo_core.rollouts import learnt_from
 from sdpo_core.samples import Sample
 from sdpo_core.standing import update_standing
 from worker.base_model import BaseModel
@@ -34,14 +38,18 @@ from worker.behaviour import behaviour_of
 from worker.canary import canary_ids, record, score
 from worker.card import write_card, write_provenance
 from worker.errors import StoppedError, TrainingFailedError
-from worker.items import probes_of, samples_of
+from worker.items import probes_of, samples_of, untold_prompts
 from worker.mapping import lora_of, options_of, wire_metrics
-from worker.messages import Done, Progress, Step
+from worker.messages import Done, Previewed, Progress, Step
 from worker.parent import base_mismatch, verified_parent
+from worker.plan import planned
+from worker.preview import preview_of
 from worker.versions import clear_leftovers, create_staging, directory_of, publish, staging_of
 
 log = logging.getLogger(__name__)
 Report = Callable[[Progress | Step], None]
+PREVIEW_BATCH_TOKENS = 1024
+"""Most tokens of one forward pass: a preview keeps whole distributions, three for each response token."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,7 @@ class _Prepared:
     options: Options
     parent: Path | None
     samples: list[Sample]
+    """One per item."""
 
 
 def run_job(lease: Lease, base: BaseModel, root: Path, *, report: Report, should_stop: Callable[[], bool]) -> Done:
@@ -69,7 +78,8 @@ def run_job(lease: Lease, base: BaseModel, root: Path, *, report: Report, should
             before = score(policy, canary)
             optimizer, ema = _optimizer(policy, job), _moving_average(policy, job)
             started = time.monotonic()
-            result = _train(policy, optimizer, ema, job, report, should_stop)
+            batch = _batch(policy, job, base, report, should_stop)
+            result = _train(policy, optimizer, ema, batch, report, should_stop)
             seconds = time.monotonic() - started
             report(Progress(run_id=lease.run_id, phase="writing", step=len(result.steps), steps=job.options.steps))
             after = score(policy, canary)
@@ -86,6 +96,23 @@ def run_job(lease: Lease, base: BaseModel, root: Path, *, report: Report, should
     )
 
 
+def run_preview(lease: Lease, base: BaseModel, root: Path, *, report: Report) -> Previewed:
+    """What the lease's batch would teach its parent. No gradient; nothing is written, nothing moves.
+
+    Raises TrainingFailedError with a code for the service.
+    """
+    with _named_failures():
+        job = _prepare(lease, base, root)
+        report(Progress(run_id=lease.run_id, phase="scoring"))
+        source = job.parent / "adapter" if job.parent else _fresh_lora(lease, base)
+        untold = untold_prompts(lease, base, job.samples)
+        options = job.options.replace(micro_batch_tokens=min(job.options.micro_batch_tokens, PREVIEW_BATCH_TOKENS))
+        with attached(base.module, source) as policy:
+            ema = _moving_average(policy, job)
+            shown = explain(policy, base.tokenizer, job.samples, options, ema=ema, untold_prompts=untold)
+    return Previewed(run_id=lease.run_id, preview=preview_of(lease, shown, base.tokenizer))
+
+
 def _prepare(lease: Lease, base: BaseModel, root: Path) -> _Prepared:
     if lease.base_model != base.name:
         raise base_mismatch(f"this worker holds {base.name!r}, the lease is for {lease.base_model!r}")
@@ -94,11 +121,12 @@ def _prepare(lease: Lease, base: BaseModel, root: Path) -> _Prepared:
     except ValueError as error:
         raise TrainingFailedError("bad_lease", str(error), retryable=False) from error
     clear_leftovers(root, lease.adapter_id, lease.token)
+    samples = samples_of(lease, base)
     return _Prepared(
         lease=lease,
-        options=options_of(lease.training).replace(micro_batch_tokens=base.batch_tokens),
+        options=planned(options_of(lease.training), base, samples, lease.lora.rank),
         parent=verified_parent(root, lease),
-        samples=samples_of(lease, base),
+        samples=samples,
     )
 
 
@@ -126,6 +154,30 @@ def _moving_average(policy: LoraPolicy, job: _Prepared) -> EmaTeacher | None:
     return load_ema(policy, job.parent / "trainer")
 
 
+def _batch(
+    policy: LoraPolicy, job: _Prepared, base: BaseModel, report: Report, should_stop: Callable[[], bool]
+) -> _Prepared:
+    """The job with what is learnt from in place of the items' own answers, entry i for item i; planned anew, for
+    answers that the teacher wrote may be more and longer. A stop is left to the training loop, which asks first."""
+    lease = job.lease
+    if lease.training.rollouts == "own":
+        return job
+
+    def told(_: int = 0) -> None:
+        report(Progress(run_id=lease.run_id, phase="answering", steps=job.options.steps))
+
+    told()
+    learnt = learnt_from(
+        policy,
+        job.samples,
+        lease.training.rollouts,
+        batch_tokens=job.options.micro_batch_tokens,
+        should_stop=should_stop,
+        on_written=told,
+    )
+    return replace(job, samples=learnt, options=planned(job.options, base, learnt, lease.lora.rank))
+
+
 def _train(
     policy: LoraPolicy,
     optimizer: AdamW,
@@ -137,8 +189,6 @@ def _train(
     run_id, steps = job.lease.run_id, job.options.steps
 
     def on_step(step: StepMetrics) -> None:
-        if step.outcome == "non_finite":
-            raise _diverged(f"loss or gradient of step {step.step} is not finite")
         report(Step(run_id=run_id, metrics=wire_metrics(step)))
         report(Progress(run_id=run_id, phase="training", step=step.step, steps=steps))
 
@@ -146,6 +196,8 @@ def _train(
     result = train_batch(policy, optimizer, job.samples, job.options, ema=ema, on_step=on_step, should_stop=should_stop)
     if result.stop_reason == "cancelled":
         raise StoppedError
+    if result.skipped_non_finite and result.skipped_non_finite == len(result.steps):
+        raise _diverged("loss or gradient is not finite in any step")
     for name, parameter in policy.trainable():
         if not bool(torch.isfinite(parameter).all()):
             raise _diverged(f"{name} is not finite after the last step")
@@ -187,7 +239,7 @@ def _item_reports(job: _Prepared, result: BatchResult) -> list[ItemReport]:
             taught=outcome.taught,
             response_tokens=len(sample.response_ids),
         )
-        for item, sample, outcome in zip(job.lease.items, job.samples, result.samples, strict=True)
+        for item, sample, outcome in zip(job.lease.items, job.samples, result.samples[: len(job.samples)], strict=True)
     ]
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 
+from api_schemas.jobs import StepAudit as WireAudit
 from api_schemas.jobs import StepMetrics as WireMetrics
+from api_schemas.jobs import StepPlan as WirePlan
 from api_schemas.training import LoraSettings, ResolvedTraining
 from sdpo_core.divergence import Support
 from sdpo_core.errors import OptionError
@@ -41,6 +44,9 @@ def options_of(training: ResolvedTraining) -> Options:
             learning_rate=training.learning_rate,
             weight_decay=training.weight_decay,
             max_grad_norm=training.max_grad_norm,
+            measure_base_kl=training.measure_base_kl,
+            path=training.path,
+            audit=training.audit,
         )
     except OptionError as error:
         raise TrainingFailedError("settings_refused", str(error), retryable=False) from error
@@ -55,7 +61,7 @@ def wire_metrics(step: StepMetrics) -> WireMetrics:
     """One step for the service. What was not measured is left out rather than sent as a number."""
     return WireMetrics(
         step=step.step,
-        loss=step.loss,
+        loss=_known(step.loss),
         gap=_known(step.gap),
         mean_is_ratio=_known(step.mean_ratio),
         max_is_ratio=_known(step.max_ratio),
@@ -65,7 +71,13 @@ def wire_metrics(step: StepMetrics) -> WireMetrics:
         grad_norm=_known(step.grad_norm),
         learning_rate=step.learning_rate,
         response_tokens=step.response_tokens,
+        teacher_written=step.teacher_written,
         seconds=step.seconds,
+        outcome=step.outcome,
+        path=step.path,
+        fallback_reason=step.fallback_reason or None,
+        plan=None if step.plan is None else WirePlan(**asdict(step.plan)),
+        audit=None if step.audit is None else WireAudit(**{k: _known(v) for k, v in asdict(step.audit).items()}),
     )
 
 

@@ -13,6 +13,7 @@ from typing import Annotated, BinaryIO, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from api_schemas.jobs import StepMetrics
+from api_schemas.preview import Preview
 from api_schemas.worker import Canary, FileEntry, ItemReport, Lease
 
 _LENGTH = struct.Struct(">I")
@@ -72,6 +73,14 @@ class Done(_Message):
     canary: Canary | None = None
 
 
+class Previewed(_Message):
+    """Trainer: what the lease's batch would teach; nothing was written."""
+
+    type: Literal["previewed"] = "previewed"
+    run_id: str
+    preview: Preview
+
+
 class Failed(_Message):
     type: Literal["failed"] = "failed"
     run_id: str
@@ -88,10 +97,10 @@ class Stopped(_Message):
 
 
 Command = Annotated[Train | Stop, Field(discriminator="type")]
-Event = Annotated[Ready | Progress | Step | Done | Failed | Stopped, Field(discriminator="type")]
-Outcome = Done | Failed | Stopped
+Outcome = Done | Previewed | Failed | Stopped
+Event = Annotated[Ready | Progress | Step | Outcome, Field(discriminator="type")]
 _COMMAND: TypeAdapter[Train | Stop] = TypeAdapter(Command)
-_EVENT: TypeAdapter[Ready | Progress | Step | Done | Failed | Stopped] = TypeAdapter(Event)
+_EVENT: TypeAdapter[Ready | Progress | Step | Outcome] = TypeAdapter(Event)
 
 
 def frame(message: _Message) -> bytes:
@@ -123,7 +132,7 @@ def read_command(stream: BinaryIO) -> Train | Stop | None:
     return _COMMAND.validate_json(body)
 
 
-async def read_event(stream: asyncio.StreamReader) -> Ready | Progress | Step | Done | Failed | Stopped | None:
+async def read_event(stream: asyncio.StreamReader) -> Ready | Progress | Step | Outcome | None:
     """The next event; None once the trainer is gone, also when it died inside a frame.
 
     Raises ValueError for a frame that is no event.

@@ -8,6 +8,7 @@ import httpx2
 from pydantic import BaseModel, ValidationError
 
 from api_schemas.errors import ErrorResponse
+from api_schemas.preview import ResultRequest
 from api_schemas.worker import (
     CommitReply,
     CommitRequest,
@@ -61,6 +62,10 @@ class ServiceClient:
         """Idempotent by run: after a lost acknowledgement the same reply again. Raises VersionRejectedError."""
         response = await self._post(f"runs/{run_id}/commit", request, timeout=COMMIT_TIMEOUT_SECONDS)
         return _parsed(response, CommitReply)
+
+    async def result(self, run_id: str, request: ResultRequest) -> None:
+        """Of a preview. Idempotent by run."""
+        await self._post(f"runs/{run_id}/result", request)
 
     async def fail(self, run_id: str, request: FailRequest) -> None:
         await self._post(f"runs/{run_id}/fail", request)

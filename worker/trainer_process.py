@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from api_schemas.worker import Lease
 from worker.errors import TrainerDiedError, TrainerUnavailableError
-from worker.messages import Done, Failed, Outcome, Progress, Ready, Step, Stop, Stopped, Train, frame, read_event
+from worker.messages import Failed, Outcome, Progress, Ready, Step, Stop, Train, frame, read_event
 from worker.settings import WorkerSettings
 
 log = logging.getLogger(__name__)
@@ -163,14 +163,14 @@ class TrainerProcess:
         if self._run is not None and not self._run.outcome.done():
             self._run.outcome.set_exception(died)
 
-    def _deliver(self, event: Progress | Step | Done | Failed | Stopped) -> None:
+    def _deliver(self, event: Progress | Step | Outcome) -> None:
         run = self._run
         if run is None or run.run_id != event.run_id or run.outcome.done():
             return  # the last words of a run that was given up
-        if isinstance(event, Done | Failed | Stopped):
-            run.outcome.set_result(event)
-        else:
+        if isinstance(event, Progress | Step):
             run.listener(event)
+        else:
+            run.outcome.set_result(event)
 
 
 def _environment(environment: Mapping[str, str]) -> dict[str, str]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from api_schemas.worker import FileEntry
 
 PARTS = ("adapter", "trainer")
+SyncCall = Callable[[Path], None]
 _STAGING = re.compile(r"\.tmp-(\d+)\.[A-Za-z0-9_-]+")
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -73,15 +74,6 @@ def clear_leftovers(root: Path, adapter_id: str, token: int) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def create_staging(staging: Path) -> None:
-    """Make an empty staging directory with its parts; the adapter's directory is made durable on the way."""
-    if not staging.parent.is_dir():
-        staging.parent.mkdir(parents=True, exist_ok=True)
-        sync(staging.parent.parent)
-    for part in PARTS:
-        (staging / part).mkdir(parents=True)
-
-
 def sync(path: Path) -> None:
     """fsync a file or a directory. Raises OSError; the data may then be lost and must be written anew."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -91,7 +83,15 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def publish(staging: Path, final: Path, sync: Callable[[Path], None] = sync) -> list[FileEntry]:
+def create_staging(staging: Path, sync: SyncCall = sync) -> None:
+    """Make an empty staging directory with its parts; the adapter's directory is made durable on the way."""
+    staging.parent.mkdir(parents=True, exist_ok=True)
+    sync(staging.parent.parent)  # also when it was there: who made it may have been killed before this line
+    for part in PARTS:
+        (staging / part).mkdir(parents=True)
+
+
+def publish(staging: Path, final: Path, sync: SyncCall = sync) -> list[FileEntry]:
     """Sync and hash the staged files, then give them their final name. Returns the files' entries.
 
     After a crash the directory exists whole under `final` or not at all. When `final` already holds the same bytes (an

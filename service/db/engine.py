@@ -10,11 +10,13 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import Engine, Float, create_engine, event, select
+from sqlalchemy import Engine, Float, Insert, create_engine, event, inspect, select
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.dialects import sqlite as sqlite_dialect
 from sqlalchemy.engine import Connection, make_url
 from sqlalchemy.exc import (
     DatabaseError,
@@ -26,7 +28,7 @@ from sqlalchemy.exc import (
 )
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import DeclarativeBase, Session
 from sqlalchemy.sql.functions import GenericFunction
 
 from service.errors import Unavailable
@@ -58,26 +60,36 @@ def _postgresql_now(*_: Any, **__: Any) -> str:
     return "extract(epoch from clock_timestamp())::float8"
 
 
+def upsert(session: Session, table: type[DeclarativeBase], row: dict[str, Any], then: dict[str, Any] | None) -> Insert:
+    """Insert the row; where its primary key is taken, change what is in `then`, or nothing."""
+    insert = postgresql.insert if session.get_bind().dialect.name == "postgresql" else sqlite_dialect.insert
+    statement = insert(table).values(row)
+    if then is None:
+        return statement.on_conflict_do_nothing()
+    return statement.on_conflict_do_update(index_elements=list(inspect(table).primary_key), set_=then)
+
+
 def clock(session: Session) -> float:
     """The database's time, Unix seconds."""
     return session.execute(select(db_now())).scalar_one()
 
 
-def journal_mode() -> str:
-    """`wal` where this SQLite build is safe with it, else `truncate`."""
-    return "wal" if tuple(sqlite.sqlite_version_info) >= WAL_SAFE_SINCE else "truncate"
+def journal_mode(driver: Any = sqlite) -> str:
+    """`wal` where this driver's SQLite build is safe with it, else `truncate`."""
+    return "wal" if tuple(driver.sqlite_version_info) >= WAL_SAFE_SINCE else "truncate"
 
 
 class Database:
     """Hands out sessions; a write session holds the only write lock there is."""
 
-    def __init__(self, url: str, *, busy_seconds: float = 5.0) -> None:
-        """`busy_seconds`: how long a call waits for SQLite's lock or a free connection before it is Unavailable."""
+    def __init__(self, url: str, *, busy_seconds: float = 5.0, sqlite_driver: Any = sqlite) -> None:
+        """`busy_seconds`: how long a call waits for SQLite's lock or a free connection before it is Unavailable.
+        `sqlite_driver`: the DB-API module that speaks SQLite."""
         is_sqlite = make_url(url).get_backend_name() == "sqlite"
         if is_sqlite:
-            self.engine = _sqlite_engine(url, busy_seconds)
+            self.engine = _sqlite_engine(url, busy_seconds, sqlite_driver)
         else:
-            self.engine = create_engine(url, pool_pre_ping=True, pool_timeout=busy_seconds)
+            self.engine = create_engine(url, pool_pre_ping=True, pool_timeout=busy_seconds, hide_parameters=True)
         self._closed = False
         event.listen(self.engine, "checkin", self._returned)
         # SQLite admits one writer: queue here, in order, instead of polling in its busy handler.
@@ -97,6 +109,18 @@ class Database:
             connection = raw.execution_options(begin="IMMEDIATE")
             with Session(connection, expire_on_commit=False) as session, session.begin():
                 yield session
+
+    def rewrite(self, tables: Sequence[str]) -> None:
+        """Write the files anew, so that none holds what is in no row any more. Nobody else can write meanwhile.
+
+        SQLite: the whole database, and its log is emptied. PostgreSQL: these tables, with all that belongs to them; its
+        log (WAL) holds old rows until its segments are used again. Raises Unavailable when somebody is in the way.
+        """
+        with _mapped_errors(), self._turn():
+            if self._writer is not None:
+                _rewrite_sqlite(self.engine)
+            else:
+                _rewrite_postgresql(self.engine, tables, self._busy_seconds)
 
     def close(self) -> None:
         """Close every connection; one that a thread still uses, once it is given back."""
@@ -138,18 +162,20 @@ def _unavailable() -> Unavailable:
     return Unavailable("The database does not answer; try again.", code="database_unavailable", retry_after=2)
 
 
-def _sqlite_engine(url: str, busy_seconds: float) -> Engine:
+def _sqlite_engine(url: str, busy_seconds: float, driver: Any) -> Engine:
     engine = create_engine(
         url,
-        module=sqlite,
+        module=driver,
         connect_args={"timeout": busy_seconds, "check_same_thread": False},
         pool_timeout=busy_seconds,
+        hide_parameters=True,  # an error's text goes into a log, and what users wrote must not
     )
 
     @event.listens_for(engine, "connect")
     def _configure(connection: Any, record: Any) -> None:
         connection.isolation_level = None  # we say BEGIN ourselves
-        for pragma in (f"journal_mode={journal_mode()}", "synchronous=FULL", "foreign_keys=ON"):
+        wanted = (f"journal_mode={journal_mode(driver)}", "synchronous=FULL", "foreign_keys=ON", "secure_delete=ON")
+        for pragma in wanted:
             connection.execute(f"PRAGMA {pragma}")
         record.info["file"] = _identity(engine)
 
@@ -161,10 +187,29 @@ def _sqlite_engine(url: str, busy_seconds: float) -> Engine:
 
     @event.listens_for(engine, "begin")
     def _begin(connection: Connection) -> None:
-        mode = connection.get_execution_options().get("begin", "DEFERRED")
-        connection.exec_driver_sql(f"BEGIN {mode}")
+        if mode := connection.get_execution_options().get("begin", "DEFERRED"):
+            connection.exec_driver_sql(f"BEGIN {mode}")
 
     return engine
+
+
+def _rewrite_sqlite(engine: Engine) -> None:
+    """Zeroed when deleted (`secure_delete`), a text may still lie where a page was split or joined: hence VACUUM."""
+    with engine.connect().execution_options(begin=None) as connection:
+        connection.exec_driver_sql("VACUUM")
+        busy = connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()[0]
+    if busy:
+        raise _unavailable()
+
+
+def _rewrite_postgresql(engine: Engine, tables: Sequence[str], wait_seconds: float) -> None:
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.exec_driver_sql(f"SET lock_timeout = {int(wait_seconds * 1000)}")
+        try:
+            for table in tables:
+                connection.exec_driver_sql(f"VACUUM FULL {table}")
+        finally:
+            connection.exec_driver_sql("RESET lock_timeout")
 
 
 def _identity(engine: Engine) -> tuple[int, int] | None:

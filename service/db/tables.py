@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
-from sqlalchemy import JSON, CheckConstraint, ForeignKey, Index, MetaData, String, Text, UniqueConstraint, text
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy import JSON, CheckConstraint, ForeignKey, Index, String, Text, UniqueConstraint, text
+from sqlalchemy.orm import Mapped, mapped_column
 
-Id = String(64)
-
-NAMING = {
-    "ix": "ix_%(table_name)s_%(column_0_N_name)s",
-    "uq": "uq_%(table_name)s_%(column_0_N_name)s",
-    "ck": "ck_%(table_name)s_%(constraint_name)s",
-    "fk": "fk_%(table_name)s_%(column_0_N_name)s",
-    "pk": "pk_%(table_name)s",
-}
-
-
-class Base(DeclarativeBase):
-    metadata = MetaData(naming_convention=NAMING)
-    type_annotation_map: ClassVar[dict[Any, Any]] = {
-        dict[str, Any]: JSON,
-        list[Any]: JSON,
-        list[str]: JSON,
-        list[int]: JSON,
-        list[float]: JSON,
-    }
+from service.db.base import Base as Base
+from service.db.base import Id
+from service.db.queue_tables import Application as Application
+from service.db.queue_tables import Event as Event
+from service.db.queue_tables import Job as Job
+from service.db.queue_tables import Leader as Leader
+from service.db.queue_tables import Run as Run
+from service.db.queue_tables import ServiceProcess as ServiceProcess
+from service.db.queue_tables import Step as Step
+from service.db.queue_tables import Turn as Turn
+from service.db.queue_tables import Worker as Worker
+from service.db.webhook_tables import Webhook as Webhook
+from service.db.webhook_tables import WebhookCursor as WebhookCursor
+from service.db.webhook_tables import WebhookDelivery as WebhookDelivery
 
 
 class Tenant(Base):
@@ -88,17 +82,34 @@ class Adapter(Base):
     lease_run: Mapped[str | None] = mapped_column(Id)
     lease_until: Mapped[float | None]
     run_after: Mapped[float] = mapped_column(default=0.0)
+    priority: Mapped[int] = mapped_column(default=0, server_default="0")
+    """Highest among its open jobs: what waits behind others lifts them all."""
+    waits_since: Mapped[float] = mapped_column(default=0.0, server_default="0")
+    """Since when it waits for its turn: its first open job came, or it had a turn."""
+    paused_at: Mapped[float | None]
+    blocked_by: Mapped[str | None] = mapped_column(Id)
+    """A failed job after which nothing runs until somebody decides (`on_failure` block)."""
+    on_failure: Mapped[str] = mapped_column(String(8), default="skip", server_default="skip")
+    """skip | block"""
+    events_n: Mapped[int] = mapped_column(default=0, server_default="0")
+    """Number of its newest event."""
     created_at: Mapped[float]
     deleted_at: Mapped[float | None]
     purged_at: Mapped[float | None]
     """When the files of a deleted adapter were removed."""
+    held_until_seq: Mapped[int | None]
+    """The alias stays where it is while a job up to this one is open: a rebuild is shown when it is whole."""
 
 
 class Rollout(Base):
     """An answer as the engine gave it. Ids and log-probs are the engine's own; what is missing is NULL."""
 
     __tablename__ = "rollouts"
-    __table_args__ = (Index("ix_rollouts_tenant_id_created_at", "tenant_id", "created_at"),)
+    __table_args__ = (
+        Index("ix_rollouts_tenant_id_created_at", "tenant_id", "created_at"),
+        Index("ix_rollouts_tenant_id_person", "tenant_id", "person"),
+        Index("ix_rollouts_created_at", "created_at"),
+    )
     id: Mapped[str] = mapped_column(Id, primary_key=True)
     tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"))
     adapter_id: Mapped[str | None] = mapped_column(ForeignKey("adapters.id"))
@@ -118,29 +129,40 @@ class Rollout(Base):
     """What the engine's log-probs mean, e.g. `raw_logprobs`: before temperature and top-p."""
     sampling: Mapped[dict[str, Any]]
     finish_reason: Mapped[str | None] = mapped_column(String(32))
+    person: Mapped[str | None] = mapped_column(String(64))
+    """Keyed digest of the caller's `user`: finds what is theirs, and does not say who they are."""
     created_at: Mapped[float]
 
 
 class Batch(Base):
     __tablename__ = "feedback_batches"
     # The same key from the same tenant is the same batch; NULL keys do not collide.
-    __table_args__ = (UniqueConstraint("tenant_id", "idempotency_key"),)
+    __table_args__ = (
+        UniqueConstraint("tenant_id", "idempotency_key"),
+        Index("ix_feedback_batches_created_at", "created_at"),
+    )
     id: Mapped[str] = mapped_column(Id, primary_key=True)
     tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"))
     adapter_id: Mapped[str] = mapped_column(ForeignKey("adapters.id"))
     idempotency_key: Mapped[str | None] = mapped_column(String(255))
     body_hash: Mapped[str] = mapped_column(String(64))
+    """Empty once an item was erased: it would tell a guess from the truth."""
     training: Mapped[dict[str, Any]]
     item_count: Mapped[int]
     created_at: Mapped[float]
 
 
 class Item(Base):
-    """One remark. Either `rollout_id`, or `messages` and `response` for text from elsewhere."""
+    """One remark. Either `rollout_id`, or `messages` and `response` for text from elsewhere.
+
+    Of an erased one only the row is left, without any text: versions still say that they learnt from it.
+    """
 
     __tablename__ = "feedback_items"
     __table_args__ = (
         UniqueConstraint("batch_id", "position"),
+        Index("ix_feedback_items_rollout_id", "rollout_id"),
+        Index("ix_feedback_items_person", "person"),
         CheckConstraint("(rollout_id IS NULL) = (response IS NOT NULL)", name="one_answer"),
     )
     id: Mapped[str] = mapped_column(Id, primary_key=True)
@@ -152,64 +174,11 @@ class Item(Base):
     feedback: Mapped[str] = mapped_column(Text)
     demonstration: Mapped[str | None] = mapped_column(Text)
     standing: Mapped[bool]
-
-
-class Job(Base):
-    """queued -> running -> succeeded; running -> queued on error or a lost lease; queued | running -> cancelled;
-    running -> failed when trying again cannot help or was tried often enough."""
-
-    __tablename__ = "jobs"
-    __table_args__ = (
-        UniqueConstraint("adapter_id", "seq"),
-        Index(
-            "ix_jobs_open",
-            "adapter_id",
-            "seq",
-            sqlite_where=text("state IN ('queued', 'running')"),
-            postgresql_where=text("state IN ('queued', 'running')"),
-        ),
-        Index("ix_jobs_tenant_id_created_at", "tenant_id", "created_at"),
-        CheckConstraint("state IN ('queued', 'running', 'succeeded', 'failed', 'cancelled')", name="state_known"),
-    )
-    id: Mapped[str] = mapped_column(Id, primary_key=True)
-    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"))
-    adapter_id: Mapped[str] = mapped_column(ForeignKey("adapters.id"))
-    batch_id: Mapped[str] = mapped_column(ForeignKey("feedback_batches.id"), unique=True)
-    seq: Mapped[int]
-    state: Mapped[str] = mapped_column(String(16), default="queued")
-    attempts: Mapped[int] = mapped_column(default=0)
-    run_id: Mapped[str | None] = mapped_column(ForeignKey("runs.id"))
-    """The newest run that took this job."""
-    error: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
-    version_n: Mapped[int | None]
-    created_at: Mapped[float]
-    started_at: Mapped[float | None]
-    finished_at: Mapped[float | None]
-
-
-class Run(Base):
-    """One attempt at training, by one worker, under one fencing token."""
-
-    __tablename__ = "runs"
-    __table_args__ = (UniqueConstraint("adapter_id", "token"),)
-    id: Mapped[str] = mapped_column(Id, primary_key=True)
-    adapter_id: Mapped[str] = mapped_column(ForeignKey("adapters.id"))
-    token: Mapped[int]
-    worker_id: Mapped[str] = mapped_column(String(128))
-    parent_n: Mapped[int]
-    seed: Mapped[int]
-    state: Mapped[str] = mapped_column(String(16), default="running")
-    """running | committed | failed | released | lost | cancelled | superseded"""
-    progress: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
-    started_at: Mapped[float]
-    ended_at: Mapped[float | None]
-
-
-class Step(Base):
-    __tablename__ = "run_steps"
-    run_id: Mapped[str] = mapped_column(ForeignKey("runs.id"), primary_key=True)
-    step: Mapped[int] = mapped_column(primary_key=True)
-    metrics: Mapped[dict[str, Any]]
+    person: Mapped[str | None] = mapped_column(String(64))
+    """As a rollout's; of an item on a rollout, the rollout's own."""
+    erased_at: Mapped[float | None]
+    erased_by: Mapped[str | None] = mapped_column(String(16))
+    """request | retention"""
 
 
 class Version(Base):
@@ -242,20 +211,15 @@ class Version(Base):
     files_doomed_at: Mapped[float | None]
     """From now on nobody loads them; they are removed once no engine knows the version."""
     files_removed_at: Mapped[float | None]
+    tainted_at: Mapped[float | None]
+    """When feedback was erased that this version had learnt from, itself or through its parents."""
+    retired_at: Mapped[float | None]
+    """When a rebuild took its place: it loses its files as soon as it is neither live nor head."""
 
 
-class Application(Base):
-    """The database itself refuses to apply a job twice: `job_id` is the key."""
+class Chore(Base):
+    """Something that has to be done once more, whoever was killed meanwhile."""
 
-    __tablename__ = "applications"
-    __table_args__ = (Index("ix_applications_adapter_id_version_n", "adapter_id", "version_n"),)
-    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
-    adapter_id: Mapped[str] = mapped_column(ForeignKey("adapters.id"))
-    version_n: Mapped[int]
-
-
-class Worker(Base):
-    __tablename__ = "workers"
-    id: Mapped[str] = mapped_column(String(128), primary_key=True)
-    base_model: Mapped[str] = mapped_column(String(256))
-    last_seen_at: Mapped[float]
+    __tablename__ = "chores"
+    name: Mapped[str] = mapped_column(String(32), primary_key=True)
+    wanted_at: Mapped[float]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import anyio
-from fastapi import APIRouter, Header, Path, Query
+from fastapi import Header, Path, Query
 from fastapi.responses import FileResponse, Response
 
 import api_schemas.adapters as wire
@@ -13,14 +13,15 @@ from api_schemas.base import AdapterName
 from api_schemas.jobs import Page
 from api_schemas.training import LoraSettings
 from api_schemas.worker import FileEntry
-from service import admission, archive
-from service.auth import AdaptersReader, AdaptersWriter, Ctx
+from service import admission, archive, room
+from service.auth import AdaptersReader, AdaptersWriter, Ctx, guarded
 from service.context import Context
+from service.downloads import Download
 from service.errors import Conflict, Unprocessable
 from service.routes.ids import QueryId
-from service.store import adapters, feedback, versions
+from service.store import adapters, feedback, rebuild, retries, versions
 
-router = APIRouter(tags=["adapters"])
+router = guarded(tags=["adapters"])
 VersionNumber = Annotated[int, Path(ge=1, lt=2**31)]
 
 
@@ -28,6 +29,7 @@ VersionNumber = Annotated[int, Path(ge=1, lt=2**31)]
 def create_adapter(request: wire.AdapterCreate, context: Ctx, tenant: AdaptersWriter) -> wire.Adapter:
     """A new adapter; until it has learnt something the base model answers for it."""
     check_creation(context, request)
+    room.check(context.settings)
     with context.database.write() as s:
         row = adapters.create(s, tenant, request, context.base_model, limit=context.settings.max_adapters)
         return adapters.view(row)
@@ -126,7 +128,7 @@ def download_version(
         [FileEntry.model_validate(f) for f in found.files],
         archive.path_of(context.settings.archives_root, found.digest),
     )
-    return FileResponse(path, filename=f"{adapter}-v{version}.zip", media_type="application/zip", headers=headers)
+    return Download(path, filename=f"{adapter}-v{version}.zip", media_type="application/zip", headers=headers)
 
 
 @router.post("/v1/adapters/{adapter}/promote")
@@ -144,7 +146,8 @@ async def promote_version(
 def _check_promotion(context: Context, tenant: str, name: str, n: int) -> str:
     with context.database.read() as s:
         row = adapters.by_name(s, tenant, name)
-        uri = versions.servable(s, row, n).uri if n else None
+        rebuild.check_none_runs(s, row)
+        uri = versions.promotable(s, row, n).uri if n else None
     if uri is not None:
         lora = LoraSettings.model_validate(row.lora)
         directory = context.settings.adapters_root / uri / "adapter"
@@ -158,10 +161,31 @@ def _promote(context: Context, tenant: str, name: str, adapter_id: str, n: int) 
         if row.id != adapter_id:
             raise Conflict("The adapter was replaced meanwhile.", code="adapter_replaced")
         row = adapters.locked(s, row.id)
+        rebuild.check_none_runs(s, row)
         if n:
-            versions.servable(s, row, n)  # it may have been rejected, or lost its files, meanwhile
+            versions.promotable(s, row, n)  # it may have been rejected, or lost its files, meanwhile
         adapters.promote(s, row, n)
         view = adapters.view(row)
     context.work.ring()
     context.publisher.bell.ring()
+    return view
+
+
+@router.post("/v1/adapters/{adapter}/pause")
+def pause_adapter(adapter: AdapterName, context: Ctx, tenant: AdaptersWriter) -> wire.Adapter:
+    """Queued work waits, and a job that runs is finished. Chats and feedback go on."""
+    with context.database.write() as s:
+        row = adapters.by_name(s, tenant, adapter)
+        retries.stop(s, row)
+        return adapters.view(row)
+
+
+@router.post("/v1/adapters/{adapter}/resume")
+def resume_adapter(adapter: AdapterName, context: Ctx, tenant: AdaptersWriter) -> wire.Adapter:
+    """Queued work goes on, also past a failed job that blocked it."""
+    with context.database.write() as s:
+        row = adapters.by_name(s, tenant, adapter)
+        retries.resume(s, row)
+        view = adapters.view(row)
+    context.work.ring()
     return view

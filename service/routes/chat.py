@@ -7,13 +7,14 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 from fastapi.responses import Response
 
 from api_schemas.chat import ChatRequest
 from api_schemas.completions import CompletionRequest
+from service import room
 from service.asks import Ask, chat_ask, text_ask
-from service.auth import ChatTenant, Ctx
+from service.auth import ChatTenant, Ctx, guarded
 from service.context import Context
 from service.disconnect import unless_gone
 from service.errors import PerennialError
@@ -23,7 +24,7 @@ from service.sse import DONE, EventStream, encoded, event
 
 Json = dict[str, Any]
 log = logging.getLogger(__name__)
-router = APIRouter(tags=["chat"])
+router = guarded(tags=["chat"])
 
 
 @router.post("/v1/chat/completions")
@@ -39,6 +40,8 @@ async def completions(request: CompletionRequest, http: Request, context: Ctx, t
 
 
 async def _answer(http: Request, context: Context, tenant: str, ask: Ask) -> Response:
+    if ask.store:
+        room.check(context.settings)
     gateway = Gateway(context)
     if not ask.stream:
         whole = await unless_gone(http, gateway.complete(tenant, ask))

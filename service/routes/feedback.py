@@ -5,44 +5,55 @@ from __future__ import annotations
 from typing import Annotated
 
 import anyio
-from fastapi import APIRouter, Header, Response
+from fastapi import Header, Response
 
 import api_schemas.feedback as wire
 from api_schemas.base import IdempotencyKey
-from service.auth import Ctx, FeedbackTenant, JobsReader
+from api_schemas.jobs import Job
+from api_schemas.preview import PreviewRequest
+from service import ingest
+from service.auth import Ctx, FeedbackTenant, JobsReader, guarded
 from service.context import Context
 from service.routes.ids import PathId
-from service.store import feedback
-from service.window import check_window
+from service.store import feedback, jobs
 
-router = APIRouter(tags=["feedback"])
+router = guarded(tags=["feedback"])
 
 
-@router.post("/v1/feedback", status_code=202, response_model_exclude_none=True)
+@router.post("/v1/feedback", status_code=202, response_model=wire.FeedbackBatch)
 async def submit_feedback(
     request: wire.FeedbackRequest,
+    context: Ctx,
+    tenant: FeedbackTenant,
+    idempotency_key: Annotated[IdempotencyKey | None, Header()] = None,
+) -> Response:
+    """Keep a batch of remarks and queue its training. Acknowledged means on disk."""
+    accepted = await ingest.submit(context, tenant, request, idempotency_key)
+    context.work.ring()
+    headers = {"idempotent-replayed": "true"} if accepted.replayed else None
+    # Written once, not validated a second time on its way out.
+    return Response(accepted.view.model_dump_json(exclude_none=True), 202, headers, "application/json")
+
+
+@router.post("/v1/feedback/preview", status_code=202)
+async def preview_feedback(
+    request: PreviewRequest,
     response: Response,
     context: Ctx,
     tenant: FeedbackTenant,
     idempotency_key: Annotated[IdempotencyKey | None, Header()] = None,
-) -> wire.FeedbackBatch:
-    """Keep a batch of remarks and queue its training. Acknowledged means on disk."""
-    await check_window(context, tenant, request)
-    view, again = await anyio.to_thread.run_sync(_submit, context, tenant, request, idempotency_key)
-    if again:
-        response.headers["idempotent-replayed"] = "true"
+) -> Job:
+    """Queue a look at what a batch would teach. Nothing is learnt from it."""
+    accepted = await ingest.submit(context, tenant, request, idempotency_key, "preview")
     context.work.ring()
-    return view
+    if accepted.replayed:
+        response.headers["idempotent-replayed"] = "true"
+    return await anyio.to_thread.run_sync(_job, context, tenant, accepted.view.job_id)
 
 
-def _submit(
-    context: Context, tenant: str, request: wire.FeedbackRequest, key: str | None
-) -> tuple[wire.FeedbackBatch, bool]:
-    with context.database.write() as s:
-        batch, again = feedback.submit(
-            s, tenant, request, idempotency_key=key, max_queued=context.settings.max_queued_jobs
-        )
-        return feedback.view(s, batch, with_items=False), again
+def _job(context: Context, tenant: str, job_id: str) -> Job:
+    with context.database.read() as s:
+        return jobs.view(s, jobs.of_tenant(s, tenant, job_id))
 
 
 @router.get("/v1/feedback/{batch}")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Query
+from fastapi import Header, Query, Response
 
 import api_schemas.jobs as wire
 from api_schemas.base import AdapterName
-from service.auth import Ctx, JobsReader, JobsWriter
+from service import job_events as job_events_
+from service.auth import Ctx, JobsReader, JobsWriter, guarded
 from service.routes.ids import PathId, QueryId
-from service.store import adapters, jobs
+from service.sse import EventStream
+from service.store import adapters, jobs, retries
 
-router = APIRouter(tags=["jobs"])
+router = guarded(tags=["jobs"])
 
 
 @router.get("/v1/jobs")
@@ -34,7 +36,24 @@ def list_jobs(
 @router.get("/v1/jobs/{job}")
 def get_job(job: PathId, context: Ctx, tenant: JobsReader) -> wire.Job:
     with context.database.read() as s:
-        return jobs.view(s, jobs.of_tenant(s, tenant, job))
+        return jobs.view(s, jobs.of_tenant(s, tenant, job), with_result=True)
+
+
+@router.get("/v1/jobs/{job}/events", status_code=200, response_class=EventStream)
+def job_events(
+    job: PathId,
+    context: Ctx,
+    tenant: JobsReader,
+    last_event_id: Annotated[str | None, Header(pattern=job_events_.POSITION)] = None,
+) -> Response:
+    """What happened and happens to the job, as server-sent events: `wire.Event`, `JobStep`, `JobPhase`."""
+    after = job_events_.Position.parse(last_event_id)
+    with context.database.read() as s:
+        jobs.of_tenant(s, tenant, job)
+        news = job_events_.look(s, job, after)
+    if news.ended and not news.items:
+        return Response(status_code=204)  # tells a browser's EventSource not to come again
+    return EventStream(job_events_.stream(context, job, after))
 
 
 @router.post("/v1/jobs/{job}/cancel")
@@ -43,6 +62,18 @@ def cancel_job(job: PathId, context: Ctx, tenant: JobsWriter) -> wire.Job:
     with context.database.write() as s:
         row = jobs.of_tenant(s, tenant, job)
         jobs.cancel(s, row)
+        s.flush()
+        view = jobs.view(s, row)
+    context.work.ring()
+    return view
+
+
+@router.post("/v1/jobs/{job}/requeue")
+def requeue_job(job: PathId, context: Ctx, tenant: JobsWriter) -> wire.Job:
+    """Try a failed job again, alone and with all its attempts, at its old place where that is still possible."""
+    with context.database.write() as s:
+        row = jobs.of_tenant(s, tenant, job)
+        retries.requeue(s, row)
         s.flush()
         view = jobs.view(s, row)
     context.work.ring()

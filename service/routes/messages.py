@@ -8,15 +8,15 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 from fastapi.responses import Response
 from pydantic import ValidationError
 
 from api_schemas.chat import ChatRequest
 from api_schemas.messages import MessagesRequest
-from service import anthropic
+from service import anthropic, room
 from service.asks import Ask, chat_ask
-from service.auth import ChatTenant, Ctx
+from service.auth import ChatTenant, Ctx, guarded
 from service.disconnect import unless_gone
 from service.errors import PerennialError
 from service.gateway import Gateway
@@ -25,13 +25,15 @@ from service.sse import EventStream, encoded, event
 
 Json = dict[str, Any]
 log = logging.getLogger(__name__)
-router = APIRouter(tags=["chat"])
+router = guarded(tags=["chat"])
 
 
 @router.post("/v1/messages")
 async def messages(request: MessagesRequest, http: Request, context: Ctx, tenant: ChatTenant) -> Response:
     """Answer with one version and keep the answer: its `id` is what feedback names as `completion_id`."""
     ask, gateway = _ask(request, context.sampling_defaults), Gateway(context)
+    if ask.store:
+        room.check(context.settings)
     if not ask.stream:
         whole = await unless_gone(http, gateway.complete(tenant, ask))
         return Response(encoded(anthropic.message(whole)), media_type="application/json")

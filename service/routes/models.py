@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter
-
 from api_schemas.base import ModelName
-from service.auth import ChatTenant, Ctx
+from service.auth import ChatTenant, Ctx, guarded
 from service.context import Context
 from service.db.tables import Adapter
-from service.gateway import resolve_target
 from service.store import adapters
+from service.targets import resolve_target
 
-router = APIRouter(tags=["chat"])
+router = guarded(tags=["chat"])
 
 
 @router.get("/v1/models")

@@ -6,15 +6,15 @@ import shutil
 from typing import Annotated, Any, Literal
 
 import anyio
-from fastapi import APIRouter, Request
+from fastapi import Request
 from pydantic import Field
 from starlette.requests import ClientDisconnect
 
 import api_schemas.adapters as wire
 from api_schemas.base import AdapterName
 from api_schemas.training import LoraSettings
-from service import uploads
-from service.auth import AdaptersWriter, Ctx
+from service import room, uploads
+from service.auth import AdaptersWriter, Ctx, guarded
 from service.context import Context
 from service.db.tables import Adapter
 from service.errors import BadRequest, Conflict, NotFound
@@ -22,7 +22,7 @@ from service.store import adapters, versions
 from service.store import uploads as store
 from service.store.ids import new_id
 
-router = APIRouter(tags=["adapters"])
+router = guarded(tags=["adapters"])
 UploadName = Annotated[Literal["adapter_config.json", "adapter_model.safetensors"], Field()]
 RAW_BODY: dict[str, Any] = {
     "requestBody": {
@@ -38,6 +38,7 @@ async def upload_file(
 ) -> wire.UploadedFile:
     """One file of a PEFT directory as the raw body, checked whole; nothing changes before the commit."""
     row = await anyio.to_thread.run_sync(_adapter, context, tenant, adapter)
+    room.check(context.settings, int(request.headers.get("content-length", "0")))
     place = context.settings.adapters_root / row.id
     try:
         entry = await uploads.receive(request.stream(), place, file, _wanted(context, row))

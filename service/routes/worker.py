@@ -1,4 +1,4 @@
-"""The worker's side: a lease is taken, kept, and ends in exactly one of commit, fail and release."""
+"""The worker's side: a lease is taken, kept, and ends in exactly one of commit, result, fail and release."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ import time
 from typing import Annotated
 
 import anyio
-from fastapi import APIRouter, Path, Request, Response
+from fastapi import Path, Request, Response
 
 import api_schemas.worker as wire
 from api_schemas.jobs import JobError
+from api_schemas.preview import ResultRequest
 from api_schemas.training import LoraSettings
 from service import admission
-from service.auth import Ctx, WorkerKey
+from service.auth import Ctx, WorkerKey, guarded
 from service.bell import Bell
 from service.context import Context
 from service.db.tables import Version
 from service.errors import LeaseLost, VersionRejected
 from service.store import leases
 
-router = APIRouter(prefix="/worker/v1", tags=["worker"])
+router = guarded(prefix="/worker/v1", tags=["worker"])
 RunId = Annotated[str, Path(pattern=r"^run_[0-9a-f]{1,64}$")]
 POLL_SECONDS = 2.0
 """How often a waiting lease request looks again unasked: expired leases ring no bell."""
@@ -27,11 +28,12 @@ POLL_SECONDS = 2.0
 
 @router.post("/leases", response_model=wire.Lease, responses={204: {"description": "No work."}})
 async def lease(request: wire.LeaseRequest, http: Request, context: Ctx, _key: WorkerKey) -> wire.Lease | Response:
-    """The oldest open job, or 204 after `wait_seconds`."""
+    """The next training batch, or 204 after `wait_seconds`."""
     until = time.monotonic() + request.wait_seconds
     while True:
         ticket = context.work.ticket()
-        if await http.is_disconnected():  # a lease for nobody would hold the adapter until it expires
+        # A lease for nobody would hold the adapter until it expires.
+        if context.stopping.is_set() or await http.is_disconnected():
             return Response(status_code=204)
         if (found := await anyio.to_thread.run_sync(_claim, context, request)) is not None:
             return found
@@ -42,9 +44,8 @@ async def lease(request: wire.LeaseRequest, http: Request, context: Ctx, _key: W
 
 
 def _claim(context: Context, request: wire.LeaseRequest) -> wire.Lease | None:
-    settings = context.settings
     with context.database.write() as s:
-        return leases.claim(s, request, settings.lease_seconds, settings.canary_prompt if settings.canary else None)
+        return leases.claim(s, request, context.settings.rules)
 
 
 @router.post("/runs/{run_id}/heartbeat")
@@ -70,13 +71,8 @@ def commit(run_id: RunId, request: wire.CommitRequest, context: Ctx, _key: Worke
     except VersionRejected as error:
         failure = JobError(code=error.code, message=error.message)
         with context.database.write() as s:
-            leases.fail(
-                s,
-                run_id,
-                wire.FailRequest(token=request.token, error=failure, retryable=False),
-                max_attempts=1,
-                backoff=0,
-            )
+            final = wire.FailRequest(token=request.token, error=failure, retryable=False)
+            leases.fail(s, run_id, final, context.settings.rules)
         raise
     version = _commit(context, run_id, request)
     context.publisher.bell.ring()
@@ -99,11 +95,18 @@ def _commit(context: Context, run_id: str, request: wire.CommitRequest) -> Versi
         return leases.commit(s, run_id, request, digest=admission.version_digest(request.files), size_bytes=size)
 
 
+@router.post("/runs/{run_id}/result", status_code=204)
+def result(run_id: RunId, request: ResultRequest, context: Ctx, _key: WorkerKey) -> None:
+    """The end of a preview."""
+    with context.database.write() as s:
+        leases.answer(s, run_id, request)
+    context.work.ring()
+
+
 @router.post("/runs/{run_id}/fail", status_code=204)
 def fail(run_id: RunId, request: wire.FailRequest, context: Ctx, _key: WorkerKey) -> None:
-    settings = context.settings
     with context.database.write() as s:
-        leases.fail(s, run_id, request, max_attempts=settings.max_attempts, backoff=settings.retry_backoff)
+        leases.fail(s, run_id, request, context.settings.rules)
     context.work.ring()
 
 

@@ -46,7 +46,7 @@ class Artifacts:
         files = [FileEntry.model_validate(f) for f in version.files]
         await anyio.to_thread.run_sync(admission.check_files, root / version.uri, files)
         path = Path(self._settings.engine_adapters_root) / version.uri / "adapter"
-        canary = Canary.model_validate(version.canary) if version.canary and self._settings.canary else None
+        canary = Canary.model_validate(version.canary) if version.canary else None
         return Artifact(served_name(adapter_id, n), str(path), canary)
 
     def _row(self, adapter_id: str, n: int) -> Version:

@@ -9,7 +9,9 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 from service.bell import Bell
-from service.engine_client import EngineAway, EngineClient
+from service.engine_answers import EngineAway
+from service.engine_client import EngineClient
+from service.errors import EngineError
 from service.serving import router
 from service.serving.names import served_name
 from service.serving.replica import Replica
@@ -26,6 +28,18 @@ class Served:
     name: str
     reload: Callable[[], Awaitable[None]]
     """Call when the engine says that it does not know the name, then ask again."""
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What one call of `hold` is after."""
+
+    adapter_id: str | None
+    n: int
+    name: str
+    session: str
+    generates: bool
+    tried: Sequence[str]
 
 
 class Fleet:
@@ -58,19 +72,32 @@ class Fleet:
             await self._wait_for_recovery()
         return bool(self.up)
 
+    def others(self, name: str, tried: Sequence[str]) -> list[Replica]:
+        """Replicas that hold this version now and are none of the tried (by URL)."""
+        return [r for r in self.up if r.url not in tried and (name == self._base or name in r.loaded)]
+
     @asynccontextmanager
     async def hold(
-        self, adapter_id: str | None, n: int, *, session: str = "", generates: bool = True
+        self,
+        adapter_id: str | None,
+        n: int,
+        *,
+        session: str = "",
+        generates: bool = True,
+        tried: list[str] | None = None,
     ) -> AsyncIterator[Served]:
         """Serve one request from version `n` of an adapter, or from the base model (`n` 0 or no adapter).
 
         On entry a replica is chosen (see `service.serving.router`) and has the version; it keeps it to the end of the
         block. `generates`: a block that is left without an error has had tokens from it, so it lives.
+        `tried`: URLs of replicas on which this request has failed; the one that is chosen is put among them.
         Raises EngineAway when no replica is up, else as Replica.ensure_loaded.
         """
         name = served_name(adapter_id, n) if adapter_id is not None and n else self._base
+        tried = [] if tried is None else tried
         async with AsyncExitStack() as stack:
-            replica = await self._enter(stack, adapter_id, n, name, session, generates)
+            replica = await self._enter(stack, _Wanted(adapter_id, n, name, session, generates, tried))
+            tried.append(replica.url)
 
             async def reload() -> None:
                 replica.forget(name)
@@ -81,22 +108,20 @@ class Fleet:
                 self.last_asked[name] = time.monotonic()
             try:
                 yield Served(replica.engine, name, reload)
-            except EngineAway:
-                self.bell.ring()
+            except (EngineAway, EngineError):
+                self.bell.ring()  # to be looked at now: it may be dead
                 raise
 
-    async def _enter(
-        self, stack: AsyncExitStack, adapter_id: str | None, n: int, name: str, session: str, generates: bool
-    ) -> Replica:
+    async def _enter(self, stack: AsyncExitStack, wanted: _Wanted) -> Replica:
         """A replica that holds the version, in use from now on. One that turns out to be away is passed over."""
         for _ in self.replicas:
-            replica = router.choose(await self._candidates(name), session)
+            replica = router.choose(await self._candidates(wanted), wanted.session)
             attempt = await stack.enter_async_context(AsyncExitStack())
-            await attempt.enter_async_context(replica.using(name, generates=generates))
-            if adapter_id is None or not n:
+            await attempt.enter_async_context(replica.using(wanted.name, generates=wanted.generates))
+            if wanted.adapter_id is None or not wanted.n:
                 return replica
             try:
-                await replica.ensure_loaded(adapter_id, n, name)
+                await replica.ensure_loaded(wanted.adapter_id, wanted.n, wanted.name)
             except EngineAway:
                 await attempt.aclose()
                 replica.down()
@@ -105,12 +130,12 @@ class Fleet:
                 return replica
         raise _nobody()
 
-    async def _candidates(self, name: str) -> list[Replica]:
-        """Replicas that have the version; where none has, those that might load it."""
+    async def _candidates(self, wanted: _Wanted) -> list[Replica]:
+        """Replicas that have the version; where none has, those that might load it, but not for a second try."""
         await self.ready()
-        up = self.up
-        willing = [r for r in up if r.refusal(name) is None]
-        found = [r for r in up if name in r.loaded] or willing or up
+        found = self.others(wanted.name, wanted.tried)
+        if not found and not wanted.tried:
+            found = [r for r in self.up if r.refusal(wanted.name) is None] or self.up
         if not found:
             raise _nobody()
         return found

@@ -16,10 +16,11 @@ import anyio
 
 from service.bell import Bell
 from service.db.engine import Database
-from service.engine_client import EngineAway
+from service.engine_answers import EngineAway
 from service.errors import PerennialError, VersionRejected
 from service.serving.fleet import Fleet
 from service.serving.names import served_name
+from service.serving.office import Office
 from service.serving.replica import Replica
 from service.serving.retention import Retention
 from service.settings import Settings
@@ -36,6 +37,9 @@ class Publisher:
         self._fleet = fleet
         self._settings = settings
         self._retention = Retention(database, fleet, settings)
+        self.office = Office(
+            database, settings.publisher_lease_seconds, lambda: (fleet.in_use(), self._retention.asked_lately())
+        )
         fleet.on_empty(self._passes)
 
     @property
@@ -45,15 +49,27 @@ class Publisher:
 
     async def run(self) -> None:
         """Converge for ever, every replica at its own pace."""
+        await self._attend()
         async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self.office.attend_for_ever())
             for replica in self._fleet.replicas:
                 tasks.create_task(self._follow(replica))
             tasks.create_task(self._tidy_for_ever())
 
     async def converge(self) -> None:
         """One whole pass over every replica, then the files that nobody needs any more."""
+        await self._attend()
         await self._passes()
+        await self._attend()  # what was let go is said at once
         await self._tidy()
+
+    async def _attend(self) -> None:
+        try:
+            await self.office.attend()
+        except PerennialError as error:
+            log.warning("publisher: the election has to wait: %s", error.code)
+        except Exception:
+            log.exception("publisher: the election failed")
 
     async def _passes(self) -> None:
         await asyncio.gather(*(self.reconcile(r) for r in self._fleet.replicas))
@@ -72,8 +88,10 @@ class Publisher:
             await Bell.wait(ticket, self._settings.reconcile_seconds)
 
     async def _tidy(self) -> None:
+        if not self.office.leads:
+            return
         try:
-            await self._retention.tidy()
+            await self._retention.tidy(self.office)
         except PerennialError as error:
             log.info("publisher: files stay for now: %s", error.code)
         except Exception:
@@ -129,7 +147,8 @@ class Publisher:
                 await replica.ensure_loaded(adapter_id, n, served_name(adapter_id, n))
         except VersionRejected as error:
             log.warning("publisher: %s refused by %s: %s", served_name(adapter_id, n), replica.url, error.message)
-        await self._decide(adapter_id, n)
+        if self.office.leads:
+            await self._decide(adapter_id, n)
 
     async def _decide(self, adapter_id: str, n: int) -> None:
         """Move the alias when enough of the replicas that are up hold the version; reject it when they will not.
@@ -147,11 +166,13 @@ class Publisher:
 
     def _reject(self, adapter_id: str, n: int, error: VersionRejected) -> None:
         with self._db.write() as s:
+            self.office.check(s)
             versions.reject(s, adapter_id, n, error.message, error.code)
 
     def _move_alias(self, adapter_id: str, n: int) -> None:
         """In one transaction, and only if `n` is still wanted: a promotion may have come in between."""
         with self._db.write() as s:
+            self.office.check(s)
             adapter = adapters.locked(s, adapter_id)
             if adapter.head_n == n and adapter.live_n != n and adapter.deleted_at is None:
                 adapters.set_live(s, adapter, n)
@@ -159,5 +180,11 @@ class Publisher:
     async def _unload_unwanted(self, replica: Replica, known: set[str]) -> None:
         wanted = await anyio.to_thread.run_sync(self._pointers)
         keep = {served_name(a.adapter_id, n) for a in wanted for n in (a.live_n, a.head_n)}
-        for name in known - keep:
+        if not self.office.leads:  # let go of them: the publisher unloads what no process holds
+            for name in replica.loaded - keep:
+                replica.let_go_if_idle(name)
+            return
+        if known - keep:
+            await self._attend()
+        for name in known - keep - self.office.others.holds:
             await self._alone(name, replica.unload_if_idle(name))

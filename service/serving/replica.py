@@ -12,7 +12,8 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
-from service.engine_client import EngineAway, EngineClient, LoadRefused
+from service.engine_answers import EngineAway, LoadRefused
+from service.engine_client import EngineClient
 from service.errors import EngineError, PerennialError, Unavailable, VersionRejected
 from service.serving import canary
 from service.serving.artifacts import Artifact, Artifacts
@@ -148,8 +149,7 @@ class Replica:
     async def unload_if_idle(self, name: str) -> None:
         """Unless somebody uses it or did so lately. Raises Unavailable, EngineError (vLLM: 500): tried again later."""
         async with self._locks.setdefault(name, asyncio.Lock()):
-            recently = time.monotonic() - self._settings.drain_seconds
-            if self.in_flight[name] or self._last_used.get(name, 0.0) > recently:
+            if self._busy(name):
                 return
             self.loaded.discard(name)
             await self.engine.unload(name)
@@ -157,6 +157,15 @@ class Replica:
                 del self._locks[name]
                 self._last_used.pop(name, None)
                 self._refused.pop(name, None)
+
+    def let_go_if_idle(self, name: str) -> None:
+        """Hold it no longer unless somebody uses it or did so lately; the engine keeps it until it is unloaded."""
+        if not self._busy(name):
+            self.loaded.discard(name)
+
+    def _busy(self, name: str) -> bool:
+        recently = time.monotonic() - self._settings.drain_seconds
+        return self.in_flight[name] > 0 or self._last_used.get(name, 0.0) > recently
 
     def sweep(self) -> None:
         """Forget refusals whose time is over, and what was kept for their names."""

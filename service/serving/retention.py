@@ -1,7 +1,8 @@
-"""Files that go: those of deleted adapters, of versions beyond `keep_versions`, and uploads that came to nothing.
+"""What goes with time: files of deleted adapters, of versions beyond `keep_versions` or replaced by a rebuild, of
+uploads and runs that came to nothing; and rollouts and feedback beyond their days.
 
-Two steps, each safe to be killed in: the row says that the files go, and from then on nobody loads them; once no engine
-knows a name of them, they are removed. An engine that reads a directory which is gone dies.
+Files go in two steps, each safe to be killed in: the row says that they go, and from then on nobody loads them; once
+no engine knows a name of them, they are removed. An engine that reads a directory which is gone dies.
 """
 
 from __future__ import annotations
@@ -15,13 +16,18 @@ from sqlalchemy import select
 from service import archive, uploads
 from service.db.engine import Database, clock
 from service.db.tables import Adapter, Version
+from service.serving import garbage
 from service.serving.fleet import Fleet
 from service.serving.names import adapter_of, served_name
+from service.serving.office import Office
 from service.settings import Settings
-from service.store import retention
+from service.store import expiry, retention, scrubbing
 
 LEFTOVERS_SECONDS = 60.0
-"""How often uploads are looked through for what nobody committed."""
+"""How often directories are looked through for what nobody committed."""
+DAY = 86400.0
+EXPIRING, ROUNDS = 200, 10
+"""Most rows of one transaction, and most transactions of one pass: others write in between."""
 
 
 class Retention:
@@ -32,13 +38,14 @@ class Retention:
         self._started = time.monotonic()
         self._look_again = 0.0
 
-    async def tidy(self) -> None:
+    async def tidy(self, office: Office) -> None:
         """One pass. Raises Unavailable when a replica does not answer: it may know any name."""
         if time.monotonic() > self._look_again:
             self._look_again = time.monotonic() + LEFTOVERS_SECONDS
-            await anyio.to_thread.run_sync(uploads.clear_stale, self._settings.adapters_root)
+            await anyio.to_thread.run_sync(self._leftovers)
         if self._settings.keep_versions is not None:
-            await anyio.to_thread.run_sync(self._doom, self._settings.keep_versions, self._asked_lately())
+            await anyio.to_thread.run_sync(self._doom, office, self._settings.keep_versions, self.asked_lately())
+        await anyio.to_thread.run_sync(self._expire)
         deleted, doomed = await anyio.to_thread.run_sync(self._leaving)
         if not deleted and not doomed:
             return
@@ -52,21 +59,50 @@ class Retention:
             if served_name(adapter_id, n) not in names:
                 await anyio.to_thread.run_sync(self._remove, adapter_id, n)
 
-    def _asked_lately(self) -> set[str] | None:
+    def asked_lately(self) -> set[str] | None:
         """Names that had a request within the grace time. None: this process has not watched for so long."""
         since, asked = time.monotonic() - self._settings.retention_grace_seconds, self._fleet.last_asked
         for name in [n for n, at in asked.items() if at < since]:
             del asked[name]
         return set(asked) if self._started <= since else None
 
-    def _doom(self, keep: int, asked: set[str] | None) -> None:
-        if asked is None:
+    def _doom(self, office: Office, keep: int, here: set[str] | None) -> None:
+        elsewhere = office.others.asked
+        if here is None or elsewhere is None:
             return
+        asked = here | elsewhere | office.others.holds
         with self._db.write() as s:
+            office.check(s)
             before = clock(s) - self._settings.retention_grace_seconds
             retention.doom(s, keep, before, asked | self._fleet.in_use())
 
+    def _leftovers(self) -> None:
+        uploads.clear_stale(self._settings.adapters_root)
+        garbage.collect(self._db, self._settings.adapters_root)
+
+    def _expire(self) -> None:
+        """Texts that have had their time, a bounded number; and the bytes of what was erased while the database was
+        busy."""
+        with self._db.read() as s:
+            now, scrub = clock(s), scrubbing.due(s) is not None
+        for days, expire in (
+            (self._settings.keep_feedback_days, expiry.expire_feedback),
+            (self._settings.keep_rollouts_days, expiry.expire_rollouts),
+        ):
+            for _ in range(ROUNDS if days is not None else 0):
+                with self._db.write() as s:
+                    gone = expire(s, now - (days or 0.0) * DAY, EXPIRING)
+                if gone < EXPIRING:
+                    break
+        if scrub and self._settings.scrub_at_once:
+            scrubbing.scrub(self._db)
+
     def _leaving(self) -> tuple[list[str], list[tuple[str, int]]]:
+        with self._db.read() as s:
+            spent = retention.spent(s)
+        if spent:
+            with self._db.write() as s:
+                retention.doom_spent(s, spent)
         with self._db.read() as s:
             gone = select(Adapter.id).where(Adapter.deleted_at.is_not(None), Adapter.purged_at.is_(None))
             return list(s.scalars(gone)), retention.doomed(s)

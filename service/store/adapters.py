@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sqlalchemy import func, select, update
+from sqlalchemy import case, exists, func, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -13,6 +13,7 @@ from api_schemas.training import LoraSettings, TrainingSettings
 from service.db.engine import clock
 from service.db.tables import Adapter, Job, Run, Version
 from service.errors import Conflict, NotFound, TooMany
+from service.store import events, transitions
 from service.store.ids import new_id
 
 
@@ -30,6 +31,8 @@ def create(s: Session, tenant_id: str, request: wire.AdapterCreate, base_model: 
         base_model=base_model,
         lora=request.lora.model_dump(),
         training=request.training.model_dump(exclude_none=True),
+        on_failure=request.on_failure,
+        events_n=0,
         created_at=clock(s),
     )
     s.add(adapter)
@@ -48,13 +51,20 @@ def by_name(s: Session, tenant_id: str, name: str) -> Adapter:
         select(Adapter).where(Adapter.tenant_id == tenant_id, Adapter.name == name, Adapter.deleted_at.is_(None))
     )
     if adapter is None:
-        raise NotFound(f"You have no adapter named '{name[:64]}'.", code="adapter_not_found", param="adapter")
+        raise not_found(name)
     return adapter
 
 
+def not_found(name: str) -> NotFound:
+    return NotFound(f"You have no adapter named '{name[:64]}'.", code="adapter_not_found", param="adapter")
+
+
 def locked(s: Session, adapter_id: str) -> Adapter:
-    """The row as it is now, and nobody else changes it before this transaction ends."""
-    query = select(Adapter).where(Adapter.id == adapter_id).with_for_update()
+    """The row as it is now, and nobody else changes it before this transaction ends.
+
+    `key_share`: rows that refer to it may be written meanwhile. A stronger lock waits for those, and they for it.
+    """
+    query = select(Adapter).where(Adapter.id == adapter_id).with_for_update(key_share=True)
     return s.scalars(query.execution_options(populate_existing=True)).one()
 
 
@@ -76,13 +86,10 @@ def delete(s: Session, adapter: Adapter) -> None:
     Files go later, when no engine holds a version of it any more.
     """
     now, adapter = clock(s), locked(s, adapter.id)
-    s.execute(
-        update(Job)
-        .where(Job.adapter_id == adapter.id, Job.state.in_(("queued", "running")))
-        .values(state="cancelled", finished_at=now)
-    )
+    for job in s.scalars(select(Job).where(Job.adapter_id == adapter.id, Job.state.in_(transitions.OPEN))):
+        transitions.cancelled(s, adapter, job, now)
     fence(s, adapter, now, "cancelled")
-    adapter.open_jobs = 0
+    events.record(s, adapter, "adapter.deleted", now)
     adapter.deleted_at = now
 
 
@@ -104,18 +111,17 @@ def promote(s: Session, adapter: Adapter, n: int) -> None:
     """
     adapter = locked(s, adapter.id)
     move_head(s, adapter, n)
+    events.record(s, adapter, "adapter.promoted", clock(s), version=n)
     set_live(s, adapter, n)
 
 
 def move_head(s: Session, adapter: Adapter, n: int) -> None:
     """Training goes on from version `n`; what trains on another head is fenced and queued again."""
+    now = clock(s)
     if adapter.lease_run is not None:
-        s.execute(
-            update(Job)
-            .where(Job.run_id == adapter.lease_run, Job.state == "running")
-            .values(state="queued", started_at=None)
-        )
-    fence(s, adapter, clock(s), "superseded")
+        for job in s.scalars(select(Job).where(Job.run_id == adapter.lease_run, Job.state == "running")):
+            transitions.queued(s, adapter, job, now, "superseded")
+    fence(s, adapter, now, "superseded")
     adapter.head_n = n
 
 
@@ -132,6 +138,7 @@ def set_live(s: Session, adapter: Adapter, n: int) -> None:
         if version.status != "pending":
             break
         version.status, version.published_at = "published", now
+        events.record(s, adapter, "version.published", now, version=n)
         n = version.parent_n
 
 
@@ -146,9 +153,13 @@ class Pointers:
 
 
 def pointers(s: Session) -> list[Pointers]:
-    """Every living adapter that has a version."""
+    """Every living adapter that has a version. While a rebuild is held back, what is live counts as the head."""
+    replaying = exists().where(
+        Job.adapter_id == Adapter.id, Job.state.in_(("queued", "running")), Job.seq <= Adapter.held_until_seq
+    )
+    head = case((replaying, Adapter.live_n), else_=Adapter.head_n)
     rows = s.execute(
-        select(Adapter.id, Adapter.base_model, Adapter.head_n, Adapter.live_n).where(
+        select(Adapter.id, Adapter.base_model, head, Adapter.live_n).where(
             Adapter.deleted_at.is_(None), (Adapter.live_n > 0) | (Adapter.head_n > 0)
         )
     )
@@ -163,6 +174,9 @@ def view(adapter: Adapter) -> wire.Adapter:
         live_version=adapter.live_n,
         head_version=adapter.head_n,
         queued_jobs=adapter.open_jobs,
+        paused=adapter.paused_at is not None,
+        blocked_by=adapter.blocked_by,
+        on_failure=adapter.on_failure,
         lora=LoraSettings.model_validate(adapter.lora),
         training=TrainingSettings.model_validate(adapter.training),
         created_at=int(adapter.created_at),

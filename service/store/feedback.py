@@ -5,105 +5,82 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from pydantic import ValidationError
-from sqlalchemy import select, update
+from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
 import api_schemas.feedback as wire
+from api_schemas.jobs import JobKind
 from api_schemas.training import ResolvedTraining, TrainingSettings, resolve
-from service.db.engine import clock
-from service.db.tables import Adapter, Batch, Item, Job, Rollout, Tenant
-from service.errors import Conflict, NotFound, TooMany, Unprocessable
+from service.db.tables import Adapter, Batch, Item, Job
+from service.errors import Conflict, Gone, NotFound, Unprocessable
 from service.store import adapters, rollouts
 from service.store.ids import new_id
 
 
-def body_hash(request: wire.FeedbackRequest) -> str:
+def body_hash(request: wire.FeedbackRequest, kind: JobKind = "train") -> str:
     """Of the request's meaning, not of its bytes: order of keys and white space do not count."""
-    body = json.dumps(request.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    fields = request.model_dump(mode="json")
+    if kind != "train":
+        fields["kind"] = kind
+    if not request.priority:  # as hashed before there was one, nor of a user
+        del fields["priority"]
+    for item in fields["items"]:
+        if item["user"] is None:
+            del item["user"]
+    body = json.dumps(fields, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(body.encode()).hexdigest()
 
 
-def replayed(s: Session, tenant_id: str, key: str, digest: str) -> Batch | None:
-    """The batch already stored under this key, if any. Raises Conflict when its body was another."""
-    batch = s.scalar(select(Batch).where(Batch.tenant_id == tenant_id, Batch.idempotency_key == key))
-    if batch is not None and batch.body_hash != digest:
+def check_body(known: str, sent: str) -> None:
+    """Raises Conflict when the hash stored with an Idempotency-Key is not that of the body it came with now, and Gone
+    when some of the stored one was erased: nobody knows any more what it was."""
+    if not known:
+        raise Gone(
+            "Feedback of this Idempotency-Key was erased: use a new key for new feedback.",
+            code="feedback_erased",
+            param="Idempotency-Key",
+        )
+    if known != sent:
         raise Conflict(
             "This Idempotency-Key was used for another body: use a new key for new feedback.",
             code="idempotency_key_reused",
             param="Idempotency-Key",
         )
-    return batch
 
 
-def submit(
-    s: Session,
-    tenant_id: str,
-    request: wire.FeedbackRequest,
-    *,
-    idempotency_key: str | None,
-    max_queued: int,
-) -> tuple[Batch, bool]:
-    """Store the batch and queue its job. The flag is True when the key had been used for the same body before."""
-    digest = body_hash(request)
-    s.execute(
-        select(Tenant.id).where(Tenant.id == tenant_id).with_for_update()
-    )  # one key, one batch: also in PostgreSQL
-    if idempotency_key is not None and (known := replayed(s, tenant_id, idempotency_key, digest)):
-        return known, True
-    answers = named_answers(s, tenant_id, request)
-    adapter = target_adapter(s, tenant_id, request, answers)
-    if adapter.open_jobs >= max_queued:
-        raise TooMany(f"{adapter.open_jobs} batches wait for '{adapter.name}': send more later.", retry_after=30)
-    batch = Batch(
-        id=new_id("fb"),
-        tenant_id=tenant_id,
-        adapter_id=adapter.id,
-        idempotency_key=idempotency_key,
-        body_hash=digest,
-        training=resolved_training(TrainingSettings.model_validate(adapter.training), request.training).model_dump(),
-        item_count=len(request.items),
-        created_at=clock(s),
-    )
-    s.add(batch)
-    s.flush()
-    s.add_all(_item(batch.id, position, item) for position, item in enumerate(request.items))
-    enqueue(s, adapter, batch)
-    return batch, False
-
-
-def named_answers(s: Session, tenant_id: str, request: wire.FeedbackRequest) -> dict[str, Rollout]:
-    """The rollouts that the items name, by id. Raises NotFound; Unprocessable for text completions, which have no
+def named_answers(
+    tenant_id: str, request: wire.FeedbackRequest, stored: Mapping[str, rollouts.Known]
+) -> dict[str, rollouts.Known]:
+    """The stored answers that the items name, by id. Raises NotFound; Unprocessable for text completions, which have no
     user turn that a teacher could be told a remark in."""
-    found = rollouts.of_tenant(s, tenant_id, [(n, i) for n, i in enumerate(map(rollouts.named_by, request.items)) if i])
+    found = {}
     for position, item in enumerate(request.items):
-        answer = found.get(rollouts.named_by(item) or "")
-        if answer is not None and not answer.messages:
+        if (name := rollouts.named_by(item)) is None:
+            continue
+        answer = stored.get(name)
+        if answer is None or answer.tenant_id != tenant_id:
+            raise rollouts.not_found(name, position)
+        if not answer.conversation:
             raise Unprocessable(
                 "This is a text completion: feedback needs an answer of a conversation.",
                 code="not_a_conversation",
                 param=f"items.{position}.completion_id",
             )
+        found[name] = answer
     return found
 
 
 def target_adapter(
-    s: Session, tenant_id: str, request: wire.FeedbackRequest, answers: Mapping[str, Rollout]
+    tenant_id: str,
+    request: wire.FeedbackRequest,
+    answers: Mapping[str, rollouts.Known],
+    candidates: Sequence[Adapter],
 ) -> Adapter:
     """The adapter that learns: named, or the one that gave the answers. Answers of another adapter are refused."""
-    given = {r.adapter_id for r in answers.values()} - {None}
-    if request.adapter is not None:
-        adapter = adapters.by_name(s, tenant_id, request.adapter)
-    elif len(given) == 1:
-        found = s.get_one(Adapter, given.pop())
-        if found.deleted_at is not None:
-            raise NotFound(f"Adapter '{found.name}' was deleted.", code="adapter_not_found", param="adapter")
-        adapter = found
-    else:
-        raise Unprocessable(
-            "The answers do not name one adapter: say which one learns.", code="adapter_required", param="adapter"
-        )
+    adapter = _chosen(tenant_id, request, answers, candidates)
     for position, item in enumerate(request.items):
         answer = answers.get(rollouts.named_by(item) or "")
         if answer is not None and (
@@ -117,6 +94,28 @@ def target_adapter(
     return adapter
 
 
+def _chosen(
+    tenant_id: str,
+    request: wire.FeedbackRequest,
+    answers: Mapping[str, rollouts.Known],
+    candidates: Sequence[Adapter],
+) -> Adapter:
+    given = {a.adapter_id for a in answers.values()} - {None}
+    if request.adapter is not None:
+        for adapter in candidates:
+            if adapter.tenant_id == tenant_id and adapter.name == request.adapter and adapter.deleted_at is None:
+                return adapter
+        raise adapters.not_found(request.adapter)
+    if len(given) != 1:
+        raise Unprocessable(
+            "The answers do not name one adapter: say which one learns.", code="adapter_required", param="adapter"
+        )
+    (adapter,) = (a for a in candidates if a.id in given)
+    if adapter.deleted_at is not None:
+        raise NotFound(f"Adapter '{adapter.name}' was deleted.", code="adapter_not_found", param="adapter")
+    return adapter
+
+
 def resolved_training(of_adapter: TrainingSettings, of_batch: TrainingSettings | None = None) -> ResolvedTraining:
     """All settings filled in. Raises Unprocessable for a combination that trains nothing."""
     try:
@@ -127,28 +126,6 @@ def resolved_training(of_adapter: TrainingSettings, of_batch: TrainingSettings |
         ) from error
 
 
-def enqueue(s: Session, adapter: Adapter, batch: Batch) -> Job:
-    """The next job of its adapter. The row is updated first: sequence order is commit order."""
-    seq = s.execute(
-        update(Adapter)
-        .where(Adapter.id == adapter.id)
-        .values(next_seq=Adapter.next_seq + 1, open_jobs=Adapter.open_jobs + 1)
-        .returning(Adapter.next_seq)
-        .execution_options(synchronize_session=False)
-    ).scalar_one()
-    job = Job(
-        id=new_id("job"),
-        tenant_id=batch.tenant_id,
-        adapter_id=adapter.id,
-        batch_id=batch.id,
-        seq=seq - 1,
-        created_at=batch.created_at,
-    )
-    s.add(job)
-    s.flush()
-    return job
-
-
 def batch_of_tenant(s: Session, tenant_id: str, batch_id: str) -> Batch:
     batch = s.get(Batch, batch_id)
     if batch is None or batch.tenant_id != tenant_id:
@@ -156,15 +133,22 @@ def batch_of_tenant(s: Session, tenant_id: str, batch_id: str) -> Batch:
     return batch
 
 
-def items_of(s: Session, batch_ids: Sequence[str]) -> list[Item]:
-    """In the order of submission within each batch."""
-    rows = s.scalars(select(Item).where(Item.batch_id.in_(batch_ids)).order_by(Item.batch_id, Item.position))
-    return list(rows)
+def items_of(s: Session, batch_ids: Sequence[str], *, at: float | None = None) -> list[Item]:
+    """What there is to learn, batch after batch in the order given, each in the order of its submission.
+
+    Without what was erased; with what was not yet at the time `at`.
+    """
+    there = Item.erased_at.is_(None) if at is None else or_(Item.erased_at.is_(None), Item.erased_at > at)
+    place = {batch_id: n for n, batch_id in enumerate(batch_ids)}
+    rows = s.scalars(select(Item).where(Item.batch_id.in_(batch_ids), there))
+    return sorted(rows, key=lambda item: (place[item.batch_id], item.position))
 
 
 def view(s: Session, batch: Batch, *, with_items: bool) -> wire.FeedbackBatch:
-    job = s.scalars(select(Job).where(Job.batch_id == batch.id)).one()
-    items = [_item_view(i) for i in (items_of(s, [batch.id]) if with_items else [])]
+    # The newest: a rebuild trains a batch once more.
+    jobs = select(Job).where(Job.batch_id == batch.id)
+    job = s.scalars(jobs.order_by(Job.seq.desc()).limit(1)).one()
+    items = s.scalars(select(Item).where(Item.batch_id == batch.id).order_by(Item.position)) if with_items else ()
     return wire.FeedbackBatch(
         id=batch.id,
         adapter=s.get_one(Adapter, batch.adapter_id).name,
@@ -173,7 +157,7 @@ def view(s: Session, batch: Batch, *, with_items: bool) -> wire.FeedbackBatch:
         item_count=batch.item_count,
         version=job.version_n,
         created_at=int(batch.created_at),
-        items=items if with_items else None,
+        items=[_item_view(i) for i in items] if with_items else None,
     )
 
 
@@ -186,18 +170,23 @@ def _item_view(item: Item) -> wire.FeedbackItemView:
         feedback=item.feedback,
         demonstration=item.demonstration,
         standing=item.standing,
+        erased=item.erased_by,
     )
 
 
-def _item(batch_id: str, position: int, item: wire.FeedbackItem) -> Item:
-    return Item(
-        id=new_id("item"),
-        batch_id=batch_id,
-        position=position,
-        rollout_id=rollouts.named_by(item),
-        messages=[m.plain() for m in item.messages] if item.messages is not None else None,
-        response=item.response,
-        feedback=item.feedback,
-        demonstration=item.demonstration,
-        standing=item.standing,
-    )
+def item_row(
+    batch_id: str, position: int, item: wire.FeedbackItem, person: str | None, kind: JobKind
+) -> dict[str, Any]:
+    """For the table of items. `person`: what is kept of a tenant's `user`. What is only previewed never stands."""
+    return {
+        "id": new_id("item"),
+        "batch_id": batch_id,
+        "position": position,
+        "rollout_id": rollouts.named_by(item),
+        "messages": [m.plain() for m in item.messages] if item.messages is not None else None,
+        "response": item.response,
+        "feedback": item.feedback,
+        "demonstration": item.demonstration,
+        "standing": item.standing and kind != "preview",
+        "person": person,
+    }

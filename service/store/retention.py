@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
@@ -28,6 +28,29 @@ def doom(s: Session, keep: int, created_before: float, asked: Collection[str]) -
     )
     for adapter_id in list(s.scalars(crowded)):
         _doom_of(s, adapters.locked(s, adapter_id), keep, created_before, asked)
+
+
+def spent(s: Session) -> list[tuple[str, int]]:
+    """(adapter, n) of versions that a rebuild has replaced and that nothing points to any more."""
+    query = (
+        select(Version.adapter_id, Version.n)
+        .join(Adapter, Adapter.id == Version.adapter_id)
+        .where(
+            Version.retired_at.is_not(None),
+            Version.files_doomed_at.is_(None),
+            Version.n != Adapter.live_n,
+            Version.n != Adapter.head_n,
+        )
+    )
+    return [(adapter_id, n) for adapter_id, n in s.execute(query)]
+
+
+def doom_spent(s: Session, versions: Sequence[tuple[str, int]]) -> None:
+    """Mark their files, as `doom` does; whatever points to one after all keeps it."""
+    for adapter_id, n in sorted(versions):
+        adapter = adapters.locked(s, adapter_id)
+        if n not in (adapter.live_n, adapter.head_n):
+            s.get_one(Version, (adapter_id, n)).files_doomed_at = clock(s)
 
 
 def _doom_of(s: Session, adapter: Adapter, keep: int, created_before: float, asked: Collection[str]) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import ColumnElement, Integer, bindparam, func, select
 from sqlalchemy.orm import Session
 
 import api_schemas.feedback as wire
@@ -36,6 +36,8 @@ class Answer:
     logprobs_mode: str
     sampling: dict[str, Any]
     finish_reason: str | None
+    person: str | None = None
+    """Pseudonym of the caller's `user`."""
 
 
 def id_of(completion_id: str, choice: int) -> str:
@@ -61,20 +63,45 @@ def add(s: Session, answer: Answer) -> None:
     s.add(Rollout(**vars(answer), created_at=clock(s)))
 
 
-def of_tenant(s: Session, tenant_id: str, wanted: Sequence[tuple[int, str]]) -> dict[str, Rollout]:
-    """All of the wanted, by id. Raises NotFound for the first that is absent or another tenant's.
+@dataclass(frozen=True)
+class Known:
+    """What feedback has to know of a stored answer."""
 
-    `wanted`: each with the position of its item, for the error.
-    """
-    rows = s.scalars(select(Rollout).where(Rollout.tenant_id == tenant_id, Rollout.id.in_({i for _, i in wanted})))
-    found = {r.id: r for r in rows}
-    for position, rollout_id in wanted:
-        if rollout_id not in found:
-            completion, choice = completion_of(rollout_id)
-            which = f"choice {choice} of completion '{completion}'" if choice else f"completion '{completion}'"
-            raise NotFound(
-                f"No {which} of yours is stored.",
-                code="completion_not_found",
-                param=f"items.{position}.completion_id",
-            )
-    return found
+    tenant_id: str
+    adapter_id: str | None
+    base_model: str
+    conversation: bool
+    """False: a text completion."""
+    tokens: int
+    """Of prompt and response together."""
+
+
+def known(s: Session, ids: Collection[str]) -> dict[str, Known]:
+    """Those of the ids that are stored, whoever they belong to; texts and tokens stay in the database."""
+    if not ids:
+        return {}
+    return {row[0]: Known(*row[1:]) for row in s.execute(_KNOWN, {"ids": sorted(ids)})}
+
+
+def _length(column: ColumnElement[Any]) -> ColumnElement[int]:
+    return func.json_array_length(column, type_=Integer)
+
+
+_C = Rollout.__table__.c
+_KNOWN = select(
+    _C.id,
+    _C.tenant_id,
+    _C.adapter_id,
+    _C.base_model,
+    _length(_C.messages) > 0,
+    _length(_C.prompt_token_ids) + _length(_C.response_token_ids),
+).where(_C.id.in_(bindparam("ids")))
+
+
+def not_found(rollout_id: str, position: int) -> NotFound:
+    """Absent or another tenant's. `position`: of the item that names it."""
+    completion, choice = completion_of(rollout_id)
+    which = f"choice {choice} of completion '{completion}'" if choice else f"completion '{completion}'"
+    return NotFound(
+        f"No {which} of yours is stored.", code="completion_not_found", param=f"items.{position}.completion_id"
+    )

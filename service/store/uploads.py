@@ -10,7 +10,7 @@ from api_schemas.worker import FileEntry
 from service import admission
 from service.db.engine import clock
 from service.db.tables import Adapter, Run, Version
-from service.store import adapters
+from service.store import adapters, events, rebuild
 
 
 def known(s: Session, adapter: Adapter, weights_sha256: str) -> Version | None:
@@ -24,9 +24,10 @@ def known(s: Session, adapter: Adapter, weights_sha256: str) -> Version | None:
 def commit(s: Session, adapter: Adapter, run_id: str, files: Sequence[FileEntry]) -> Version:
     """The next version, its parent the head as it is now. A run that trains meanwhile is fenced, its jobs queued again.
 
-    What the tenant said before still stands: the parent's standing feedback goes on.
+    What the tenant said before still stands: the parent's standing feedback goes on. Raises Conflict during a rebuild.
     """
     adapter = adapters.locked(s, adapter.id)
+    rebuild.check_none_runs(s, adapter)
     parent = s.get(Version, (adapter.id, adapter.head_n))
     parent_n, n, now = adapter.head_n, adapter.next_n, clock(s)
     adapter.next_n = n + 1
@@ -45,5 +46,6 @@ def commit(s: Session, adapter: Adapter, run_id: str, files: Sequence[FileEntry]
         standing=list(parent.standing) if parent else [], training_seconds=0.0, created_at=now, source="upload",
     )  # fmt: skip
     s.add(version)
+    events.record(s, adapter, "version.created", now, version=n)
     s.flush()
     return version

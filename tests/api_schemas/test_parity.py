@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from api_schemas.training import PresetName, ResolvedTraining, TrainingSettings, resolve
+from api_schemas.training import PresetName, ResolvedTraining, Rollouts, TrainingSettings, resolve
 from sdpo_core.options import Options
 from sdpo_core.presets import PRESETS
+from sdpo_core.rollouts import learnt_from
 from worker.errors import TrainingFailedError
 from worker.mapping import options_of
 
@@ -31,7 +32,26 @@ def test_every_preset_is_the_algorithms_own(preset: PresetName) -> None:
     assert SUPPORTS[wire.support] == core.support
     assert (wire.alpha, wire.top_k) == (core.alpha, core.top_k)
     assert {n: getattr(wire, n) for n in SHARED} == {n: getattr(core, n) for n in SHARED}
-    assert options_of(wire) == core, "nothing is lost or changed on the way to the worker"
+    assert options_of(wire) == core.replace(measure_base_kl=True), "the service asks for the distance to the base"
+
+
+def test_who_writes_the_answers_has_the_same_names_on_both_sides() -> None:
+    """It is no option of a training step, and goes from the wire to `sdpo_core.learnt_from` as it is."""
+    assert get_type_hints(ResolvedTraining)["rollouts"] == Rollouts == get_type_hints(learnt_from)["rollouts"]
+    for chosen in get_args(Rollouts):
+        assert resolve(TrainingSettings(rollouts=chosen)).rollouts == chosen
+    with pytest.raises(ValidationError, match="rollouts"):
+        TrainingSettings.model_validate({"rollouts": "sibling"})
+
+
+@pytest.mark.parametrize("preset", ["claas", "lasgroup"])
+def test_published_systems_learn_from_the_students_own_answers(preset: PresetName) -> None:
+    assert resolve(TrainingSettings(rollouts="teacher"), TrainingSettings(preset=preset)).rollouts == "own"
+
+
+def test_a_record_of_before_was_trained_on_the_students_own_answers() -> None:
+    recorded = resolve(TrainingSettings()).model_dump(exclude={"rollouts"})
+    assert ResolvedTraining(**recorded).rollouts == "own"
 
 
 @pytest.mark.parametrize("preset", get_args(PresetName))
@@ -41,7 +61,7 @@ def test_overrides_reach_the_algorithm(preset: PresetName) -> None:
         "base_kl_weight": 0.5, "learning_rate": 1e-6, "weight_decay": 0.25, "max_grad_norm": 2.0,
     }  # fmt: skip
     got = options_of(resolve(TrainingSettings(preset=preset, support="full", **changes)))
-    assert got == PRESETS[preset].replace(support="full", **changes)
+    assert got == PRESETS[preset].replace(support="full", measure_base_kl=True, **changes)
 
 
 def accepted_by_wire(values: dict[str, Any]) -> ResolvedTraining | None:

@@ -14,7 +14,7 @@ from demo.tasks import PREFERENCES, training_tasks
 from service.local import LocalConfig, LocalStack
 
 LORA = {"rank": 8, "alpha": 16}
-TRAINING = {"learning_rate": 1.5e-3}
+TRAINING = {"learning_rate": 7e-4}
 
 
 @dataclass(frozen=True)

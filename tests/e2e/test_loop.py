@@ -53,7 +53,7 @@ def test_a_batch_becomes_a_served_version(running: Running) -> None:
     assert version["live"]
     assert version["parent"] == 0
     assert len(version["feedback_ids"]) == 8
-    assert version["training"]["learning_rate"] == 1.5e-3
+    assert version["training"]["learning_rate"] == 7e-4
     batch = running.client.call("GET", f"/v1/feedback/{sent['id']}")
     assert (batch["status"], batch["version"], len(batch["items"])) == ("succeeded", 1, 8)
 

@@ -42,7 +42,8 @@ def test_kill_9_of_everything_mid_training_applies_the_batch_once(tmp_path: Path
         stack.start()
         stack.wait_ready()
         jobs = [client.follow(sent["job_id"], lambda _: None, timeout=120) for sent in (first, second)]
-        assert [(j["status"], j["version"], j["attempts"]) for j in jobs] == [("succeeded", 1, 0), ("succeeded", 2, 0)]
+        assert [(j["status"], j["version"]) for j in jobs] == [("succeeded", 1), ("succeeded", 2)]
+        assert jobs[0]["attempts"] >= 1, "the killed worker counts"
         versions = client.call("GET", "/v1/adapters/phoenix/versions")["data"]
         assert [(v["version"], v["parent"], v["batch_ids"]) for v in versions] == [
             (1, 0, [first["id"]]),

@@ -36,12 +36,18 @@ from sdpo_core.terms import TokenTerms, token_terms
 from sdpo_core.weights import rollout_weights, top_entropy_mask
 
 Values = dict[str, Any]
+Terms = Callable[..., TokenTerms]
+"""`token_terms`, or something with its signature."""
 
 _SUPPORTS: dict[str, Support] = {"full": "full", "topk": "student", "sampled": "sampled"}
 
 
 def adapter(family: str, settings: Values, inputs: Values) -> Values | None:
     """One golden case through the library."""
+    if family in LOSSES:
+        return LOSSES[family](settings, inputs, token_terms)
+    if family == "claas_steps":
+        return claas_steps(settings, inputs, ToyPolicyPort(inputs["policy"]))
     handler = _FAMILIES.get(family)
     return None if handler is None else handler(settings, inputs)
 
@@ -51,25 +57,25 @@ def _verl_spec(s: Values) -> DivergenceSpec:
     return DivergenceSpec(s["alpha"], _SUPPORTS[s["mode"]], s["topk"], outside)  # type: ignore[arg-type]
 
 
-def _verl_terms(s: Values, x: Values, mask_BT: Tensor) -> TokenTerms:
+def _verl_terms(s: Values, x: Values, mask_BT: Tensor, terms: Terms) -> TokenTerms:
     spec = _verl_spec(s)
     target = teacher_target(x["teacher_logits"], x["response_ids"], spec)
-    return token_terms(
+    return terms(
         x["student_logits"], target, x["response_ids"], mask_BT, spec,
         is_clip=s["is_clip"], behaviour_BT=x["old_log_probs"], token_weights_BT=x.get("rollout_is_weights"),
     )  # fmt: skip
 
 
-def _verl(s: Values, x: Values) -> Values:
+def _verl(s: Values, x: Values, terms_of: Terms) -> Values:
     mask_BT = x["response_mask"]
     if x["self_distillation_mask"] is not None:
         mask_BT = mask_BT * x["self_distillation_mask"].unsqueeze(-1)
-    terms = _verl_terms(s, x, mask_BT)
+    terms = _verl_terms(s, x, mask_BT, terms_of)
     return {"loss": aggregate(terms.distill, mask_BT, s["loss_agg_mode"]), "per_token_loss": terms.distill}
 
 
-def _trl(s: Values, x: Values) -> Values:
-    terms = _verl_terms(s, x, x["loss_mask"])
+def _trl(s: Values, x: Values, terms_of: Terms) -> Values:
+    terms = _verl_terms(s, x, x["loss_mask"], terms_of)
     return {
         "loss": aggregate(terms.distill, x["loss_mask"], "row-mean-token-mean"),
         "per_token_loss": terms.distill,
@@ -77,7 +83,7 @@ def _trl(s: Values, x: Values) -> Values:
     }
 
 
-def _claas(s: Values, x: Values) -> Values:
+def _claas(s: Values, x: Values, terms_of: Terms) -> Values:
     teacher_K, index_K, ids_BT, mask_BT = (
         x[k] for k in ("teacher_logprobs", "teacher_indices", "response_ids", "response_mask")
     )
@@ -88,7 +94,7 @@ def _claas(s: Values, x: Values) -> Values:
     else:
         spec = DivergenceSpec(s["alpha"], "teacher", teacher_K.shape[-1], "renormalise", limits=False)
         target = Target(teacher_K, index_K)
-    terms = token_terms(
+    terms = terms_of(
         x["student_logits"], target, ids_BT, mask_BT, spec,
         is_clip=s["is_clip"], behaviour_BT=x["old_student_logprobs"], base_logp_BT=x["base_logprobs"],
     )  # fmt: skip
@@ -113,6 +119,8 @@ class ToyPolicyPort:
     """The checker's toy model behind the policy protocol of the training loop."""
 
     device = torch.device("cpu")
+    path = "plain"
+    """That it must be trained on: it has no hidden states."""
 
     def __init__(self, toy: Any) -> None:
         self.toy = toy
@@ -133,6 +141,7 @@ def _steps_options(s: Values) -> Options:
         is_clip=s["is_clip"],
         refresh=s["refresh"],
         base_kl_weight=s["kl_reg_weight"],
+        measure_base_kl=True,
         steps=s["steps_per_batch"],
         learning_rate=s["learning_rate"],
         max_grad_norm=s["max_grad_norm"],
@@ -148,8 +157,9 @@ def _steps_sample(x: Values) -> Sample:
     )
 
 
-def _claas_steps(s: Values, x: Values) -> Values:
-    policy, options = ToyPolicyPort(x["policy"]), _steps_options(s)
+def claas_steps(s: Values, x: Values, policy: ToyPolicyPort) -> Values:
+    """The product's training loop on the checker's toy policy."""
+    options = _steps_options(s)
     samples = [_steps_sample(sample) for sample in x["samples"]]
     result = train_batch(policy, make_optimizer(policy, options), samples, options)
     metrics = [
@@ -163,16 +173,17 @@ def _claas_steps(s: Values, x: Values) -> Values:
         }
         for m in result.steps
     ]
+    assert {m.path for m in result.steps} == {policy.path}
     return {"metrics_per_step": metrics, "A": policy.toy.A, "B": policy.toy.B}
 
 
-def _openclaw_topk(_: Values, x: Values) -> Values:
+def _openclaw_topk(_: Values, x: Values, terms_of: Terms) -> Values:
     logits_BTV = x["student_logits"].unsqueeze(0)
     teacher_K, index_K = x["teacher_topk_log_probs"].unsqueeze(0), x["teacher_topk_indices"].unsqueeze(0)
     target = Target(teacher_K, index_K, log_tail_from_kept(teacher_K))
     spec = DivergenceSpec(1.0, "teacher", teacher_K.shape[-1], "tail")
     mask_BT = torch.ones(logits_BTV.shape[:2])
-    terms = token_terms(logits_BTV, target, index_K[..., 0], mask_BT, spec, is_clip=None)
+    terms = terms_of(logits_BTV, target, index_K[..., 0], mask_BT, spec, is_clip=None)
     return {"loss": aggregate(terms.distill, mask_BT, "token-mean"), "per_token_loss": terms.distill[0]}
 
 
@@ -256,12 +267,14 @@ def _reprompt(s: Values, x: Values) -> Values:
     }
 
 
-_FAMILIES: dict[str, Callable[[Values, Values], Values]] = {
+LOSSES: dict[str, Callable[[Values, Values, Terms], Values]] = {
     "verl_sdpo": _verl,
     "trl_sdpo": _trl,
     "claas_sdpo": _claas,
-    "claas_steps": _claas_steps,
     "openclaw_topk": _openclaw_topk,
+}
+"""Families that end in a per-token loss, however it is computed."""
+_FAMILIES: dict[str, Callable[[Values, Values], Values]] = {
     "agg": _agg,
     "ema": _ema,
     "trust_region": _trust_region,

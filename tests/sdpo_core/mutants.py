@@ -1,46 +1,18 @@
-"""Planted defects: does the fast test suite notice each of them?
+"""Planted defects of the algorithm library: does the fast test suite notice each of them?
 
-    python tests/sdpo_core/mutants.py            all, a table, exit status 1 if one survives
-    python tests/sdpo_core/mutants.py NAME ...   some
-
-Each defect is an exact text replacement in a temporary copy of the library and its tests; the working tree is never
-touched. A text that is not there exactly once is an error, so the list cannot rot silently. The copy without a defect
-must pass first: otherwise every defect would look caught.
+python -m tests.sdpo_core.mutants            all, a table, exit status 1 if one survives
+python -m tests.sdpo_core.mutants NAME ...   some
 """
 
 from __future__ import annotations
 
-import argparse
-import os
-import shutil
 import sys
-import tempfile
-import time
-import traceback
-from dataclasses import dataclass
-from pathlib import Path
 
 import peft  # noqa: F401 - imported once, for every fork
-import pytest
 import torch
 import transformers.models.qwen3.modeling_qwen3  # noqa: F401
 
-ROOT = Path(__file__).parents[2]
-COPIED = ("sdpo_core", "tests/sdpo_core", "tests/golden", "pyproject.toml")
-LINKED = ("demo", "docs")
-TESTS = ("tests/sdpo_core", "tests/golden")
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """One defect: in `file`, the only `old` becomes `new`. `first` are the tests to run before all others."""
-
-    name: str
-    file: str
-    old: str
-    new: str
-    first: str = ""
-
+from tests.planted import Mutant, Plot, main
 
 MUTANTS = (
     Mutant("swapped mixture", "divergence.py",
@@ -78,9 +50,9 @@ MUTANTS = (
     Mutant("k3 upside down", "weights.py", "    return torch.expm1(d) - d", "    return torch.expm1(-d) + d",
            "test_terms.py"),
     Mutant("mean of micro-batch means", "loop.py",
-           "weights_B = torch.tensor([self.weights[r] for r in rows], device=self.policy.device)",
-           "weights_B = torch.tensor(row_weights([len(s.response_ids) for s in samples], self.options.aggregation)) "
-           "/ len(self.groups)", "test_loop.py"),
+           "            weights=[self.weights[r] for r in rows],",
+           "            weights=[w / len(self.route.path.groups(self.live)) for w in row_weights("
+           "[len(self.live[r].response_ids) for r in rows], self.options.aggregation)],", "test_loop.py"),
     Mutant("masked samples in the denominator", "loop.py",
            "lengths = [len(s.response_ids) if s.live else 0 for s in samples]",
            "lengths = [max(1, len(s.response_ids)) for s in samples]", "test_loop.py"),
@@ -97,17 +69,16 @@ MUTANTS = (
            "            logits_BTV = response_logits(self.policy, batch, adapter=True)\n        if", "test_loop.py"),
     Mutant("base pass with the adapter on", "scoring.py", "self._plain(samples, adapter=False)",
            "self._plain(samples, adapter=True)", "test_loop.py"),
-    Mutant("adapter never off", "lora.py",
-           "        with torch.no_grad(), self.model.disable_adapter():\n            return self._forward(batch)",
-           "        with torch.no_grad():\n            return self._forward(batch)", "test_lora.py"),
+    Mutant("adapter never off", "lora_policy.py", "            self.model.base_model.disable_adapter_layers()\n", "",
+           "test_lora.py"),
     Mutant("stale live teacher", "loop.py", 'if self.options.teacher == "live" and self.history',
            'if self.options.teacher == "never" and self.history', "test_teachers.py"),
     Mutant("stale behaviour", "loop.py",
            "            self.behaviour = [None] * len(self.live)",
            "            self.behaviour = list(self.behaviour)", "test_loop.py"),
     Mutant("refresh always", "loop.py", "        if self.options.refresh:", "        if True:", "test_loop.py"),
-    Mutant("base not looked up anew per row", "loop.py", "[self.fixed.base[r] for r in rows]",
-           "self.fixed.base[: len(rows)]", "test_loop.py"),
+    Mutant("base not looked up anew per row", "loop.py", "[fixed.base[r] for r in rows]",
+           "fixed.base[: len(rows)]", "test_loop.py"),
     Mutant("gradients pile up", "loop.py", "        self.optimizer.zero_grad(set_to_none=True)\n", "",
            "test_loop.py"),
     Mutant("non-finite step taken", "loop.py",
@@ -131,7 +102,8 @@ MUTANTS = (
     Mutant("average moves without an update", "loop.py",
            '        if not any(m.outcome == "updated" for m in self.history):\n            return\n', "",
            "test_teachers.py"),
-    Mutant("hook stays behind", "lora.py", "hooks.callback(layer.register_forward_hook(_adding(deltas[name])).remove)",
+    Mutant("hook stays behind", "lora_policy.py",
+           "undo.callback(layer.register_forward_hook(_adding(deltas[name])).remove)",
            "layer.register_forward_hook(_adding(deltas[name]))", "test_teachers.py"),
     Mutant("stop before looking", "loop.py", 'return "gap_closed" if closed else "updated"', 'return "updated"',
            "test_loop.py"),
@@ -139,112 +111,55 @@ MUTANTS = (
            "    base: nn.Module = policy.model.merge_and_unload()", "test_lora.py"),
     Mutant("standing remarks cut from the newest", "teacher_prompt.py", "said = [*older[first:], ",
            "said = [*older[: len(older) - first], ", "test_chat.py"),
+    # Of the fast path. Its tests compare it with the plain one, so each of these must make them differ.
+    Mutant("fast: dropped ratio", "fast/head.py", "is_clip=spec.is_clip, behaviour_BT=inputs.behaviour_N,",
+           "is_clip=None, behaviour_BT=inputs.behaviour_N,", "test_head.py test_path.py"),
+    Mutant("fast: dropped refresh", "fast/path.py", "behaviour_N=torch.cat(part.known_behaviour(self.device)),",
+           "behaviour_N=torch.cat([torch.tensor(s.behaviour_logprobs or [float('nan')] * len(s.response_ids)) "
+           "for s in part.samples]),", "test_path.py"),
+    Mutant("fast: tail as a complement", "fast/rows.py",
+           "rest_N = exp_NV.scatter_(-1, index_NK, 0.0).sum(-1)",
+           "rest_N = exp_NV.sum(-1) - kept_NK.sum(-1)", "test_rows.py"),
+    Mutant("fast: tail without gradient", "fast/head.py",
+           "spread_N = lse_N + _over_rest(_or(slopes.rest_N, zeros_N), stats)", "spread_N = lse_N", "test_head.py"),
+    Mutant("fast: kept tokens added to the softmax", "fast/rows.py",
+           "grad_NV.scatter_(-1, index_NK, at_index_NK)", "grad_NV.scatter_add_(-1, index_NK, at_index_NK)",
+           "test_rows.py"),
+    Mutant("fast: always sparse", "fast/head.py",
+           "return self.lse_N is None and self.rest_N is None and self.chosen_N is None and self.picked_NK is not None",
+           "return self.picked_NK is not None", "test_head.py"),
+    Mutant("fast: sequences see their neighbours", "fast/packing.py", "    for end in sequence_ends:",
+           "    for end in sequence_ends[-1:]:", "test_path.py"),
+    Mutant("fast: positions run on", "fast/packing.py", "[i for n in lengths for i in range(n)]",
+           "list(range(sum(lengths)))", "test_path.py"),
+    Mutant("fast: window ignored", "fast/packing.py", "    if window is None or length <= window:", "    if True:",
+           "test_path.py"),
+    Mutant("fast: last chunk left out", "fast/head.py", "    for start in range(0, max(tokens, 1), size):",
+           "    for start in range(0, max(tokens - tokens % size, 1), size):", "test_head.py"),
+    Mutant("fast: chunks share the first targets", "fast/head.py",
+           "narrowed(target, start, length), narrowed(inputs, start, length), spec,",
+           "narrowed(target, 0, length), narrowed(inputs, start, length), spec,", "test_head.py"),
+    Mutant("fast: off by one position", "fast/packing.py", "end - len(r) - 1 + t", "end - len(r) + t", "test_path.py"),
+    Mutant("fast: teacher sees the plain prompt", "fast/path.py", "pack([s.teacher_prompt_ids for s in part]",
+           "pack([s.prompt_ids for s in part]", "test_path.py"),
+    Mutant("fast: base with the adapter on", "fast/path.py", "self._plain_scored(samples, base_score, adapter=False)",
+           "self._plain_scored(samples, base_score, adapter=True)", "test_path.py"),
+    Mutant("fast: recomputed with other attention", "fast/decoder.py", "(nullcontext(), _fast_layers(model))",
+           "(nullcontext(), nullcontext())", "test_path.py"),
+    Mutant("audit compares the path with itself", "path_choice.py", "AuditedPath(fast, plain)",
+           "AuditedPath(fast, fast)", "test_path.py"),
+    Mutant("memory runs out and nothing shrinks", "path_choice.py",
+           "            self.path = self.path.with_options(less)\n", "            raise MemoryError\n", "test_path.py"),
 )  # fmt: skip
 
-
-def plant(mutant: Mutant, library: Path) -> str:
-    """Put the defect in; returns the file's text before. Raises ValueError when the place is not there exactly once."""
-    path = library / mutant.file
-    before = path.read_text()
-    if before.count(mutant.old) != 1:
-        raise ValueError(f"{mutant.name}: the text is {before.count(mutant.old)} times in {mutant.file}, not once")
-    path.write_text(before.replace(mutant.old, mutant.new))
-    return before
-
-
-def copy_tree(target: Path) -> None:
-    """The library, its tests, and links to what they read."""
-    for name in COPIED:
-        source, place = ROOT / name, target / name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        if source.is_dir():
-            shutil.copytree(source, place, ignore=shutil.ignore_patterns("__pycache__", "test_mutants.py"))
-        else:
-            shutil.copy(source, place)
-    for name in LINKED:
-        (target / name).symlink_to(ROOT / name)
-
-
-def run_tests(tree: Path, paths: list[str]) -> str | None:
-    """The first failing test, or None when all pass.
-
-    In a fork of this process, which has imported the heavy libraries and nothing of ours: seconds saved per defect.
-    """
-    log = tree / "pytest.log"
-    child = os.fork()
-    if child == 0:
-        _pytest(tree, paths, log)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if code == 0:
-        return None
-    output = log.read_text()
-    failed = [line.split(" ")[1] for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    if code not in (1, 2) or not failed:
-        raise RuntimeError(f"pytest ended with {code}:\n{output[-2000:]}")
-    return failed[0].removeprefix("tests/")
-
-
-def _pytest(tree: Path, paths: list[str], log: Path) -> None:
-    """Become pytest in `tree`. Never returns."""
-    code = 70
-    try:
-        with log.open("w") as out:
-            os.dup2(out.fileno(), 1)
-            os.dup2(out.fileno(), 2)
-        os.chdir(tree)
-        sys.path[0] = str(tree)
-        sys.dont_write_bytecode = True
-        flags = ["-x", "-q", "--no-header", "--tb=no", "-p", "no:cacheprovider", "--hypothesis-seed=0"]
-        flags += ["-W", "ignore::pytest.PytestAssertRewriteWarning", "-m"]  # anyio came in with the heavy libraries
-        code = int(pytest.main([*flags, "not slow", *paths]))
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def hunt(mutant: Mutant, tree: Path) -> str | None:
-    """The test that notices the defect, or None: it survives. Likely tests first, then all fast ones."""
-    before = plant(mutant, tree / "sdpo_core")
-    try:
-        likely = [str(p.relative_to(tree)) for name in mutant.first.split() for p in tree.glob(f"tests/*/{name}")]
-        return (run_tests(tree, likely) if likely else None) or run_tests(tree, list(TESTS))
-    finally:
-        (tree / "sdpo_core" / mutant.file).write_text(before)
-
-
-def check(mutants: tuple[Mutant, ...], *, baseline: bool = True) -> list[str]:
-    """Hunt each, print the table, give back the names of the survivors."""
-    survivors = []
-    with tempfile.TemporaryDirectory() as directory:
-        tree = Path(directory)
-        copy_tree(tree)
-        if baseline and (failed := run_tests(tree, list(TESTS))):
-            raise SystemExit(f"without any defect, {failed} fails: nothing can be learnt from mutants")
-        for mutant in mutants:
-            started = time.perf_counter()
-            caught = hunt(mutant, tree)
-            survivors += [] if caught else [mutant.name]
-            seconds = time.perf_counter() - started
-            print(f"{mutant.name:42} {caught or 'SURVIVES':90} {seconds:5.1f} s", flush=True)
-    print(f"{len(mutants) - len(survivors)} of {len(mutants)} defects caught")
-    return survivors
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Does a test notice each planted defect?")
-    parser.add_argument("--no-baseline", action="store_true", help="do not run the tests without a defect first")
-    parser.add_argument("names", nargs="*", help="defects by name; all when none is given")
-    arguments = parser.parse_args()
-    wanted = arguments.names
-    torch.set_num_threads(1)
-    if unknown := set(wanted) - {m.name for m in MUTANTS}:
-        parser.error(f"no such defect: {', '.join(sorted(unknown))}")
-    chosen = tuple(m for m in MUTANTS if not wanted or m.name in wanted)
-    return 1 if check(chosen, baseline=not arguments.no_baseline) else 0
-
+PLOT = Plot(
+    MUTANTS,
+    copied=("sdpo_core", "tests/sdpo_core", "tests/golden", "tests/__init__.py", "pyproject.toml"),
+    linked=("benchmarks", "demo", "docs"),
+    tests=("tests/sdpo_core", "tests/golden"),
+    package="sdpo_core",
+)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    torch.set_num_threads(1)
+    sys.exit(main(PLOT))

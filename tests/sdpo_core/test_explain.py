@@ -90,6 +90,25 @@ def test_feedback_that_the_teacher_ignores_is_seen(policy: LoraPolicy, tokenizer
     assert shown.expected_drift > 0
 
 
+def test_the_effect_is_that_of_what_the_teacher_is_not_told_otherwise(
+    policy: LoraPolicy, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """What stands already is read both times: then it is no effect of this feedback. The rest does not change."""
+    plain = preview(policy, tokenizer)
+    stands = [(7, 7, *s.prompt_ids) for s in SAMPLES]
+    shown = explain(policy, tokenizer, SAMPLES, OPTIONS, untold_prompts=stands)
+    for sample, prompt, answer, before in zip(SAMPLES, stands, shown.answers, plain.answers, strict=True):
+        if sample.live:
+            want = logp(policy, prompt, sample.response_ids, adapter=False)
+            picked = [float(want[t, y]) for t, y in enumerate(sample.response_ids)]
+            assert [t.untold for t in answer.tokens] == pytest.approx(picked, rel=1e-4)
+        assert [t.distance for t in answer.tokens] == pytest.approx([t.distance for t in before.tokens])
+    told = explain(policy, tokenizer, SAMPLES, OPTIONS, untold_prompts=[s.teacher_prompt_ids for s in SAMPLES])
+    assert told.acting_tokens == 0.0
+    with pytest.raises(ValueError, match="zip"):
+        explain(policy, tokenizer, SAMPLES, OPTIONS, untold_prompts=stands[:1])
+
+
 def test_nothing_taught_is_nothing_to_show(policy: LoraPolicy, tokenizer: PreTrainedTokenizerFast) -> None:
     shown = explain(policy, tokenizer, [SAMPLES[1]], OPTIONS)
     assert (shown.expected_drift, shown.acting_tokens, shown.acting_answers) == (0.0, 0.0, 0.0)

@@ -32,7 +32,9 @@ from sdpo_core import (
 )
 
 K = 7
-OPTIONS = Options(top_k=K, steps=3, stop_gap=0.0, learning_rate=5e-3)
+OPTIONS = Options(
+    top_k=K, steps=3, stop_gap=0.0, learning_rate=5e-3, path="plain", measure_base_kl=True
+)  # fmt: skip
 
 
 def batch(behaviour: bool = True) -> list[Sample]:

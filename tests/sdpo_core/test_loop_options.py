@@ -39,7 +39,7 @@ from sdpo_core.signals import (
 )
 from sdpo_core.weights import k3
 
-OPTIONS = Options(support="full", steps=1, stop_gap=0.0, learning_rate=5e-3)
+OPTIONS = Options(support="full", steps=1, stop_gap=0.0, learning_rate=5e-3, measure_base_kl=True)
 SAMPLES = [
     Sample((1, 2, 3), (4, 5, 6, 7), (1, 9, 8, 2, 3), (-1.5, -3.0, -0.5, -2.0), reward_advantage=0.7),
     Sample((1, 4, 4, 9), (4, 5), (1, 9, 8), (-1.0, -2.0), reward_advantage=-1.2),

@@ -6,15 +6,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from sdpo_core import LoraSpec, Probe, attached, chat_ids, teacher_messages, update_standing
+from sdpo_core.hearing import Hearing
 from sdpo_core.samples import token_batch
-from sdpo_core.standing import merge, select, teacher_effect
+from sdpo_core.standing import merge, select
 
 
 @dataclass
@@ -30,10 +31,9 @@ class Obedient:
         heard = dict(r.split("#")[0].split("=") for r in remarks if "=" in r)
         return {k: v for k, v in heard.items() if k in self.about and v != "default"}
 
-    def __call__(self, without: Sequence[str], with_: Sequence[str]) -> list[Tensor]:
-        """One answer with one token per factor, 5 nats where it changes."""
-        a, b = self.answer(without), self.answer(with_)
-        return [torch.tensor([5.0 * (a.get(k) != b.get(k)) for k in self.about])]
+    def __call__(self, told: Sequence[str], instead: Sequence[str]) -> float:
+        """5 nats where the answers part."""
+        return 5.0 * (self.answer(told) != self.answer(instead))
 
 
 def test_paraphrases_leave_one_remark() -> None:
@@ -77,32 +77,6 @@ def test_a_wish_that_is_fulfilled_without_being_said_stays() -> None:
     assert select(["case=upper"], ["start=wow"], Excitable()).remarks == ("case=upper", "start=wow")
 
 
-def test_what_the_answers_cannot_show_is_not_decided() -> None:
-    """The answers leave what is asked for at the first token: nothing behind it shows whether a later wish holds."""
-
-    class Blind(Obedient):
-        def __call__(self, without: Sequence[str], with_: Sequence[str]) -> list[Tensor]:
-            (shift,) = super().__call__(without, with_)
-            started = any("start" in self.answer(r) for r in (without, with_))
-            first, *rest = self.about
-            assert first == "start"
-            return [torch.cat([shift[:1], torch.full((len(rest),), math.nan)]) if started else shift]
-
-    teacher = Blind(about=("start", "case", "end"))
-    assert select(["end=hope"], ["start=wow"], teacher).remarks == ("end=hope", "start=wow")
-    assert select(["start=wow"], ["end=hope"], teacher).remarks == ("start=wow", "end=hope")
-
-
-def test_no_verdict_on_answers_that_were_not_judged_to_their_end() -> None:
-    """The student wrote what the teacher never would: where that begins, looking ends. That is no proof of praise."""
-    nan = math.nan
-    cut = [torch.tensor([0.001, nan, nan]), torch.tensor([0.002, 0.001, nan])]
-    whole = [*cut, torch.tensor([0.001, 0.002, 0.001])]
-    assert select([], ["end=hope"], lambda *_: cut).remarks == ("end=hope",)
-    result = select([], ["well done"], lambda *_: whole)
-    assert result.dropped == (("well done", "changes_nothing"),)
-
-
 def test_repeats_that_slipped_in_are_merged_into_the_older_one() -> None:
     result = select(["end=hope#1", "end=hope#2", "case=upper"], ["lovely"], Obedient())
     assert result.remarks == ("end=hope#1", "case=upper")
@@ -139,38 +113,56 @@ def test_merge_bounds_count_and_tokens() -> None:
     assert merge(older, [" "], count_tokens=len) == older
 
 
-def test_effect_is_the_frozen_teachers_mean_kl(chat_base: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Against one sequence at a time; a trained adapter on board changes nothing."""
-    probes = [
-        Probe([{"role": "user", "content": text}], tuple(tokenizer.encode(answer)))
-        for text, answer in (("hello", "he said"), ("tell me all", "ok"))
-    ]
-    kls: list[list[float]] = []
-    for p in probes:
-        logps = []
-        for remarks in (["one"], ["two", "one"]):
-            ids = chat_ids(tokenizer, teacher_messages(p.messages, remarks))
+def test_the_threshold_decides() -> None:
+    def faint(told: Sequence[str], instead: Sequence[str]) -> float:
+        return 0.3 * (tuple(told) != tuple(instead))
+
+    assert select([], ["end=hope"], faint, eps=0.31).dropped == (("end=hope", "changes_nothing"),)
+    assert select([], ["end=hope"], faint, eps=0.29).remarks == ("end=hope",)
+
+
+CHATS = tuple([{"role": "user", "content": text}] for text in ("hello", "tell me all"))
+
+
+def expected_change(
+    base: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, told: list[str], instead: list[str], limit: int
+) -> float:
+    """One conversation and one token at a time, without a cache."""
+    peaks = []
+    for chat in CHATS:
+        own, read = (chat_ids(tokenizer, teacher_messages(chat, remarks)) for remarks in (told, instead))
+        peak = 0.0
+        for _ in range(limit):
             with torch.no_grad():
-                out = chat_base(torch.tensor([[*ids, *p.response_ids]])).logits[0, len(ids) - 1 : -1]
-            logps.append(torch.log_softmax(out.double(), -1))
-        kls.append([])
-        for t, y in enumerate(p.response_ids):
-            kls[-1].append(float((logps[1][t].exp() * (logps[1][t] - logps[0][t])).sum()))
-            if min(float(logps[0][t, y]), float(logps[1][t, y])) < math.log(0.02):
-                kls[-1] += [math.nan] * (len(p.response_ids) - t - 1)
+                p, q = (torch.log_softmax(base(torch.tensor([ids])).logits[0, -1].double(), -1) for ids in (own, read))
+            peak = max(peak, float((q.exp() * (q - p)).sum()))
+            y = int(p.argmax())
+            own, read = [*own, y], [*read, y]
+            if min(float(p[y]), float(q[y])) < math.log(0.02) or y == tokenizer.eos_token_id:
                 break
-    want = torch.tensor([kl for answer in kls for kl in answer]).double()
+        peaks.append(peak)
+    return sum(peaks) / len(peaks)
+
+
+@pytest.mark.parametrize("scale", [0.3, 2.0])
+def test_change_is_the_frozen_teachers_on_answers_of_its_own(
+    chat_base: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, scale: float
+) -> None:
+    """A trained adapter on board changes nothing; nor does the size of micro-batches, nor asking again."""
+    chat_base.generation_config.eos_token_id = tokenizer.eos_token_id
+    with torch.no_grad():
+        chat_base.lm_head.weight.mul_(scale)  # flat: nearly every token is implausible; sharp: few are
+    want = expected_change(chat_base, tokenizer, ["one"], ["two", "one"], 6)
+    assert want > 1e-3
     with attached(chat_base, LoraSpec()) as policy:
         with torch.no_grad():
             for _, parameter in policy.trainable():
                 parameter.add_(0.1)
         for budget in (10_000, 1):
-            effect = teacher_effect(policy, tokenizer, probes, micro_batch_tokens=budget)
+            hearing = Hearing(policy, tokenizer, CHATS, max_new_tokens=6, micro_batch_tokens=budget)
             for _ in range(2):  # the second time from memory
-                shift = effect(["one"], ["two", "one"])
-                assert [len(kl_T) for kl_T in shift] == [len(p.response_ids) for p in probes]
-                torch.testing.assert_close(torch.cat(list(shift)), want, atol=1e-4, rtol=1e-4, equal_nan=True)
-            assert torch.cat(list(effect(["one"], ["one"]))).nan_to_num(0.0).abs().max() == 0
+                assert hearing.change(["one"], ["two", "one"]) == pytest.approx(want, rel=1e-3)
+            assert hearing.change(["one"], ["one"]) == 0.0
         batch = token_batch([[1]], [[2]], policy.device)
         assert not torch.equal(policy.logits(batch, adapter=True), policy.logits(batch, adapter=False))
 

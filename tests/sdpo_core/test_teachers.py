@@ -35,7 +35,7 @@ from sdpo_core.policy import response_logits
 from sdpo_core.samples import token_batch
 from sdpo_core.teachers import ema_update, trust_region_logits
 
-OPTIONS = Options(top_k=7, steps=3, stop_gap=0.0, learning_rate=5e-3)
+OPTIONS = Options(top_k=7, steps=3, stop_gap=0.0, learning_rate=5e-3, path="plain")
 SAMPLES = [
     Sample((1, 2, 3), (4, 5, 6, 7), (1, 9, 8, 2, 3)),
     Sample((1, 4, 4, 9), (4, 5), (1, 9, 8), (-1.0, -2.0)),

@@ -23,16 +23,18 @@ def events_of(text: str) -> list[Any]:
 
 
 class Connection:
-    """One POST over ASGI; the test decides when to read and when to hang up."""
+    """One request over ASGI; the test decides when to read and when to hang up."""
 
-    def __init__(self, app: FastAPI, key: str, path: str, body: Json, *, room: int = 0) -> None:
+    def __init__(
+        self, app: FastAPI, key: str, path: str, body: Json | None, *, room: int = 0, method: str = "POST"
+    ) -> None:
         """`room`: so many messages may wait to be read before the service has to wait; 0 = any number."""
         self.sent: asyncio.Queue[Json] = asyncio.Queue(room)
         self._hung_up = asyncio.Event()
-        self._body: bytes | None = json.dumps(body).encode()
+        self._body: bytes | None = b"" if body is None else json.dumps(body).encode()
         headers = [(b"authorization", f"Bearer {key}".encode()), (b"content-type", b"application/json")]
         scope = {
-            "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "method": "POST",
+            "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "method": method,
             "scheme": "http", "path": path, "raw_path": path.encode(), "query_string": b"",
             "root_path": "", "headers": headers, "client": ("test", 1), "server": ("test", 80), "state": {},
         }  # fmt: skip

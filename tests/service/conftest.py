@@ -20,8 +20,14 @@ from tests.service import peft_files
 from tests.service.fake_engine import FakeEngine
 from tests.service.harness import Caller, Stack, Worker
 
-PATIENT = {"reconcile_seconds": 3600.0, "drain_seconds": 0.0, "retry_backoff": 0.0}
-"""The publisher passes when rung or told to, never by the clock."""
+PATIENT = {
+    "reconcile_seconds": 3600.0,
+    "drain_seconds": 0.0,
+    "retry_backoff": 0.0,
+    "coalesce_items": 1,
+    "publisher_lease_seconds": 3600.0,
+}
+"""The publisher passes when rung or told to, never by the clock; each batch is trained alone unless a test says so."""
 
 
 @pytest.fixture(scope="session")

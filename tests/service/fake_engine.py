@@ -28,7 +28,7 @@ class FakeEngine(httpx2.AsyncBaseTransport):
         self.adapters: dict[str, str] = {}
         """Served name -> directory."""
         self.events: list[tuple[str, str]] = []
-        """("load" | "unload" | "chat" | "done" | "aborted", served name), in order."""
+        """("load" | "unload" | "chat" | "failed" | "done" | "aborted", served name), in order."""
         self.payloads: list[Json] = []
         self.headers: list[dict[str, str]] = []
         self.down = False
@@ -44,6 +44,8 @@ class FakeEngine(httpx2.AsyncBaseTransport):
         """Streams break off after so many tokens..."""
         self.break_by = "error"
         """... by an error event, a closed connection ("cut"), [DONE] without an end ("silent") or "garbage"."""
+        self.failing: int | None = None
+        """Status of every generation, asked for and refused before any byte; 0: the connection is reset."""
         self.raw_answer: bytes | None = None
         """Given instead of a whole answer."""
         self.token_ids = True
@@ -159,6 +161,8 @@ class FakeEngine(httpx2.AsyncBaseTransport):
         prompt = self._prompt_of(body, text=text)
         if len(prompt) >= self.window:
             return _error(400, f"This model's maximum context length is {self.window} tokens.")
+        if self.failing is not None:
+            return self._fail(self.failing, model)
         self.events.append(("chat", model))
         pieces = self.deltas or [{"content": w} for w in ["I", " am", f" {model}"]]
         answer = Answer(self, body, prompt, pieces[: body.get("max_tokens", 3)], text=text)
@@ -167,6 +171,12 @@ class FakeEngine(httpx2.AsyncBaseTransport):
         if self.raw_answer is not None:
             return httpx2.Response(200, content=self.raw_answer)
         return httpx2.Response(200, json=answer.whole())
+
+    def _fail(self, status: int, model: str) -> httpx2.Response:
+        self.events.append(("failed", model))
+        if not status:
+            raise httpx2.ReadError("connection reset")
+        return _error(status, "EngineDeadError")
 
     def _complete(self, body: Json) -> httpx2.Response:
         """One token for a probe; log-probs of the prompt's own tokens for a canary."""

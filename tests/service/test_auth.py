@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fastapi.routing import APIRoute
 from starlette.routing import Route
 
 from service.app import PUBLIC_PATHS
-from service.auth import principal
+from service.auth import KeyFirst
+from service.db.engine import Database
 from service.errors import BadRequest
-from service.store.keys import CLIENT_SCOPES, WORKER_SCOPES, server_secret
+from service.store.keys import CLIENT_SCOPES, WORKER_SCOPES, revoke, server_secret
 from tests.service import peft_files
 from tests.service.harness import Caller, Json, Stack, batch, error_of
 
@@ -47,12 +47,8 @@ def example(path: str) -> str:
 
 
 def guarded(route: Route) -> bool:
-    """Whether the dependency that checks keys is somewhere below this route."""
-
-    def calls(dependant: Any) -> set[Any]:
-        return {dependant.call}.union(*(calls(d) for d in dependant.dependencies))
-
-    return isinstance(route, APIRoute) and principal in calls(route.dependant)
+    """Whether the key is looked at before anything of the request is."""
+    return isinstance(route, KeyFirst)
 
 
 def schema_operations(stack: Stack) -> set[tuple[str, str]]:
@@ -79,6 +75,27 @@ def test_no_route_escapes_the_test_above(stack: Stack) -> None:
     routes = routes_of(stack)
     assert {r.path.replace(":path", "") for r in routes} == documented | PUBLIC_PATHS
     assert [r.path for r in routes if r.path not in PUBLIC_PATHS and not guarded(r)] == []
+
+
+def test_the_key_is_checked_before_the_body_is_read(stack: Stack) -> None:
+    """Whoever has none makes us parse nothing: even what is no JSON at all is 401."""
+    stack.alice.create()
+    for path in ("/v1/feedback", "/v1/chat/completions", "/v1/adapters", "/worker/v1/leases"):
+        junk = {"content": b"{" * 100_000, "headers": {"content-type": "application/json"}}
+        error_of(stack.client.post(path, **junk), 401, "invalid_api_key")
+        error_of(stack.alice.request("POST", path, **junk), 400, "invalid_json")
+
+
+def test_a_key_that_another_process_revokes_ends_with_the_next_request(stack: Stack) -> None:
+    """Nothing is remembered, and nothing has to be told."""
+    stack.alice.create()
+    assert stack.alice.post("/v1/feedback", batch("x")).status_code == 202
+    other = Database(stack.context.settings.db_url)
+    with other.write() as s:
+        revoke(s, stack.alice.key.split("_")[1])
+    other.close()
+    error_of(stack.alice.post("/v1/feedback", batch("y")), 401, "invalid_api_key")
+    assert stack.count("feedback_batches") == 1
 
 
 def test_keys_that_are_not_good_look_alike(stack: Stack) -> None:
@@ -122,6 +139,9 @@ def test_a_scope_opens_its_routes_and_no_others(stack: Stack, scope: str) -> Non
         ("GET", "/v1/feedback/fb_0"): "jobs:read",
         ("GET", "/v1/jobs"): "jobs:read",
         ("POST", "/v1/jobs/job_0/cancel"): "jobs:write",
+        ("POST", "/v1/jobs/job_0/requeue"): "jobs:write",
+        ("POST", "/v1/adapters/a/pause"): "adapters:write",
+        ("POST", "/v1/adapters/a/resume"): "adapters:write",
         ("GET", "/v1/adapters"): "adapters:read",
         ("GET", "/v1/adapters/helper/versions/1/download"): "adapters:read",
         ("POST", "/v1/adapters"): "adapters:write",
@@ -187,6 +207,9 @@ def test_one_tenant_sees_names_and_changes_nothing_of_another(stack: Stack) -> N
         ("GET", f"/v1/jobs?after={sent['job_id']}", None),
         ("GET", "/v1/jobs?adapter=hers", None),
         ("POST", f"/v1/jobs/{queued['job_id']}/cancel", None),
+        ("POST", f"/v1/jobs/{queued['job_id']}/requeue", None),
+        ("POST", "/v1/adapters/hers/pause", None),
+        ("POST", "/v1/adapters/hers/resume", None),
         ("GET", f"/v1/feedback/{sent['id']}", None),
         ("POST", "/v1/feedback", {"items": [{"completion_id": completion, "feedback": "x"}]}),
         ("POST", "/v1/feedback", batch("x", adapter="hers")),

@@ -5,7 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from pydantic import ValidationError
@@ -41,11 +43,12 @@ def owner(data_dir: Path, key: str) -> tuple[str | None, frozenset[str]] | None:
 
 
 @pytest.mark.parametrize("command", [("serve",), ("keys", "create"), ("keys", "list"), ("keys", "revoke", "x")])
-def test_nothing_runs_on_a_database_that_was_not_migrated(run: Run, command: tuple[str, ...]) -> None:
+def test_nothing_runs_on_a_database_that_was_not_migrated(run: Run, data_dir: Path, command: tuple[str, ...]) -> None:
     result = run(*command)
     assert result.exit_code == 1
     assert "perennial migrate" in result.output
     assert "Traceback" not in result.output
+    assert not data_dir.exists(), "a look changes nothing"
 
 
 def test_keys_are_made_listed_and_revoked(run: Run, data_dir: Path) -> None:
@@ -69,6 +72,9 @@ def test_keys_are_made_listed_and_revoked(run: Run, data_dir: Path) -> None:
     assert run("keys", "revoke", key.split("_")[1]).exit_code == 0
     assert owner(data_dir, key) is None
     assert "revoked" in run("keys", "list").output
+    for given in (worker, f"pk_{worker.split('_')[1]}"):  # as it was printed, and as people cut it out
+        assert run("keys", "revoke", given).exit_code == 0
+    assert owner(data_dir, worker) is None
     missing = run("keys", "revoke", "0000")
     assert (missing.exit_code, missing.output.strip()) == (1, "No such key.")
 
@@ -104,6 +110,71 @@ def test_client_commands_say_when_there_is_no_service() -> None:
         result = runner.invoke(app, command)
         assert result.exit_code == 1
         assert "No service at http://127.0.0.1:9" in result.output
+
+
+def ended(result: Result) -> str:
+    """What a command said that ended by itself, with status 1."""
+    assert result.exit_code == 1, result.output
+    assert isinstance(result.exception, SystemExit), "a traceback"
+    return result.output
+
+
+@pytest.mark.parametrize(
+    "url", ["127.0.0.1:9", "http://", "http://127.0.0.1:99999", "http://[::1", "ftp://x", "http://\u0001", "http://.."]
+)
+def test_a_url_that_is_none_is_said(url: str) -> None:
+    runner = CliRunner(env={"PERENNIAL_URL": url, "PERENNIAL_API_KEY": "x"})
+    assert "No service at" in ended(runner.invoke(app, ["adapters", "list"]))
+
+
+class Elsewhere(BaseHTTPRequestHandler):
+    """Some other web server."""
+
+    def do_GET(self) -> None:
+        self.send_response(404 if self.path == "/v1/jobs?limit=100" else 200)
+        self.end_headers()
+        self.wfile.write(b"<html>hello</html>")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_url_of_something_else_is_said(tmp_path: Path) -> None:
+    with HTTPServer(("127.0.0.1", 0), Elsewhere) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        runner = CliRunner(env={"PERENNIAL_URL": f"http://127.0.0.1:{server.server_port}", "PERENNIAL_API_KEY": "x"})
+        assert "without /v1" in ended(runner.invoke(app, ["adapters", "list"]))
+        assert "answered 404" in ended(runner.invoke(app, ["jobs", "list"]))
+        download = ["adapters", "download", "h", "1", "--output", str(tmp_path)]
+        assert "cannot be written" in ended(runner.invoke(app, download))
+        server.shutdown()
+
+
+def test_settings_as_json_and_keys_that_are_none() -> None:
+    runner = CliRunner(env={"PERENNIAL_URL": "http://127.0.0.1:9", "PERENNIAL_API_KEY": "x"})
+    assert "--training is not JSON" in ended(
+        runner.invoke(app, ["adapters", "create", "h", "--training", "{steps: 3}"])
+    )
+    for key in ("", "pk_é", "Bearer x"):
+        runner = CliRunner(env={"PERENNIAL_URL": "http://127.0.0.1:9", "PERENNIAL_API_KEY": key})
+        assert "PERENNIAL_API_KEY" in ended(runner.invoke(app, ["adapters", "list"]))
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("PERENNIAL_PORT", "many"), ("PERENNIAL_LEASE_SECONDS", "0"), ("PERENNIAL_DATABASE_PASSWORD_FILE", "/nowhere")],
+)
+@pytest.mark.parametrize("command", [("serve",), ("migrate",), ("keys", "list")])
+def test_a_wrong_setting_is_named(data_dir: Path, variable: str, value: str, command: tuple[str, ...]) -> None:
+    runner = CliRunner(env={"PERENNIAL_DATA_DIR": str(data_dir), variable: value})
+    assert variable.removesuffix("_FILE") in ended(runner.invoke(app, command)).upper()
+
+
+def test_a_data_directory_that_cannot_be(run: Run, data_dir: Path) -> None:
+    data_dir.write_text("a file")
+    assert "cannot be used" in ended(run("migrate"))
+    ended(run("up", "--data-dir", str(data_dir)))
+    assert ended(run("health", "http://[::1"))
 
 
 def test_help_needs_no_torch_and_little_time() -> None:

@@ -35,6 +35,26 @@ COMMIT: Json = {
     "metrics": [{"step": 1, "loss": 0.5}],
     "training_seconds": 1.0,
 }
+TOKEN: Json = {"text": "x", "bytes": [120], "student": -1.0, "teacher": -2.0, "effect": 0.5, "instead": None}
+PREVIEW: Json = {
+    "version": 0,
+    "threshold": 0.5,
+    "acting_share": 1.0,
+    "moved_share": 1.0,
+    "expected_drift": 0.5,
+    "items": [
+        {
+            "id": "i",
+            "acts": True,
+            "moved_share": 1.0,
+            "mean_gap": 1.0,
+            "largest_gap": 1.0,
+            "expected_drift": 0.5,
+            "response_tokens": 1,
+            "tokens": [TOKEN],
+        }
+    ],
+}
 VALID: dict[str, Json] = {
     "/v1/chat/completions": {
         "model": "helper",
@@ -55,14 +75,24 @@ VALID: dict[str, Json] = {
         "system": "s",
         "messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c", "content": "x"}]}],
     },
-    "/v1/feedback": batch("x") | {"training": {"steps": 2}},
-    "/v1/adapters": {"name": "fuzzed", "lora": {"rank": 2}, "training": {"alpha": 0.5}},
+    "/v1/feedback": batch("x") | {"training": {"steps": 2}, "priority": 3},
+    "/v1/feedback/preview": batch("x") | {"training": {"steps": 2}},
+    "/v1/adapters": {"name": "fuzzed", "lora": {"rank": 2}, "training": {"alpha": 0.5}, "on_failure": "block"},
     "/v1/adapters/{adapter}/promote": {"version": 1},
     "/v1/adapters/{adapter}/upload/commit": {"config_sha256": "0" * 64, "weights_sha256": "1" * 64},
     "/v1/jobs/{job}/cancel": {},
+    "/v1/jobs/{job}/requeue": {},
+    "/v1/adapters/{adapter}/pause": {},
+    "/v1/adapters/{adapter}/rebuild": {"serve_meanwhile": "clean"},
+    "/v1/adapters/{adapter}/resume": {},
+    "/v1/webhooks": {"url": "https://hooks.example.org/x", "events": ["job.succeeded"]},
+    "/v1/webhooks/{webhook}/rotate": {},
+    "/v1/webhooks/{webhook}/enable": {},
+    "/v1/webhooks/{webhook}/deliveries/{delivery}/redeliver": {},
     "/worker/v1/leases": {"worker_id": "w", "base_model": "tiny/base", "wait_seconds": 0},
     "/worker/v1/runs/{run_id}/heartbeat": {"token": 1, "progress": {"phase": "x"}, "metrics": [{"step": 1, "loss": 1}]},
     "/worker/v1/runs/{run_id}/commit": COMMIT,
+    "/worker/v1/runs/{run_id}/result": {"token": 1, "preview": PREVIEW},
     "/worker/v1/runs/{run_id}/fail": {"token": 1, "error": ERROR, "retryable": True},
     "/worker/v1/runs/{run_id}/release": {"token": 1},
 }
@@ -110,6 +140,7 @@ def test_junk_is_never_our_fault(stack: Stack, data: st.DataObject) -> None:
     template = data.draw(st.sampled_from(sorted(VALID)))
     run = stack.rows("SELECT id FROM runs ORDER BY started_at DESC LIMIT 1")[0]["id"]
     path = template.replace("{adapter}", "helper").replace("{run_id}", run).replace("{job}", "job_0")
+    path = path.replace("{webhook}", "wh_0").replace("{delivery}", "msg_0")
     caller = stack.worker.caller if path.startswith("/worker") else stack.alice
     valid = VALID[template]
     place = data.draw(st.sampled_from(list(places(valid))))
@@ -123,6 +154,8 @@ def test_junk_in_paths_and_queries(stack: Stack, name: str, junk: str) -> None:
     for path in (
         f"/v1/adapters/{part}/versions/1",
         f"/v1/jobs/{part}",
+        f"/v1/jobs/{part}/events",
+        f"/v1/webhooks/{part}",
         f"/v1/feedback/{part}",
         f"/v1/models/{part}",
         f"/v1/jobs?after={query}&limit={part}",

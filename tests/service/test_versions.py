@@ -57,7 +57,9 @@ def test_the_download_is_the_same_each_time_and_can_be_continued(learnt: Stack) 
     assert (part.status_code, part.content) == (206, first.content[10:30])
     assert part.headers["content-range"] == f"bytes 10-29/{size}"
     beyond = learnt.alice.get(DOWNLOAD, headers={"range": f"bytes={size}-"})
-    assert beyond.status_code == 416
+    error_of(beyond, 416, "range_not_satisfiable")
+    assert beyond.headers["content-range"] == f"bytes */{size}"
+    error_of(learnt.alice.get(DOWNLOAD, headers={"range": "lines=1-2"}), 400, "invalid_range")
     changed = learnt.alice.get(DOWNLOAD, headers={"range": "bytes=10-29", "if-range": '"other"'})
     assert (changed.status_code, changed.content) == (200, first.content)
 

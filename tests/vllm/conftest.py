@@ -12,6 +12,7 @@ from demo.client import Client
 from demo.run import BASE_MODEL, MODEL_DIR
 from service.local import LocalConfig, LocalStack
 from tests.e2e.conftest import Running
+from tests.vllm.front import Front
 from tests.vllm.server import VllmConfig, VllmServer, wait_engine
 from tests.vllm.tenant import Tenant
 
@@ -85,3 +86,22 @@ def serve(vllm: VllmServer, tmp_path: Path) -> Iterator[Callable[..., Served]]:
             return local, tenant
 
         yield start
+
+
+@pytest.fixture(scope="module")
+def make_front(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Front]]:
+    made: list[Front] = []
+
+    def make(vllm_url: str) -> Front:
+        settings = {"PERENNIAL_ENGINE_URL": vllm_url}
+        data = tmp_path_factory.mktemp("front")
+        stack = LocalStack(LocalConfig(data, MODEL_DIR, BASE_MODEL, port=0, threads=1, settings=settings))
+        stack.start("service")
+        wait_engine(stack)
+        made.append(Front(vllm_url, stack))
+        return made[-1]
+
+    yield make
+    for front in made:
+        front.close()
+        front.stack.stop()

@@ -3,147 +3,26 @@
 from __future__ import annotations
 
 import json
-import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx2
 import openai
 import pytest
-from sqlalchemy import text
 
-from demo.run import BASE_MODEL, MODEL_DIR
-from service.db.engine import Database
-from service.local import LocalConfig, LocalStack
+from demo.run import BASE_MODEL
+from tests.vllm.asked import CHATS, PLACES, STRICT_TOOLS, TALK, TEXTS, TOOLS, UNBROKEN, Json
+from tests.vllm.front import Front
 from tests.vllm.server import VllmServer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-Json = dict[str, Any]
-TOOLS: list[Json] = [
-    {
-        "type": "function",
-        "function": {
-            "name": "weather",
-            "description": "Of a place, now.",
-            "parameters": {"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]},
-        },
-    }
-]
-CALL = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"place": "Zürich"}'}}
-TALK: list[Json] = [
-    {"role": "system", "content": "Kurz und höflich. 🌦 日本語も可。"},
-    {"role": "user", "content": "weather in Zürich? 🌧️"},
-    {"role": "assistant", "content": None, "tool_calls": [CALL]},
-    {"role": "tool", "tool_call_id": "call_1", "content": "12 °C, Föhn"},
-    {"role": "assistant", "content": "12 °C — bitte schön 🙂"},
-    {"role": "user", "content": "capital of peru?"},
-]
-
-
-def _wait_for(url: str, stack: LocalStack, seconds: float = 60.0) -> None:
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        assert stack.alive("service"), stack.tail("service")
-        try:
-            if httpx2.get(url, timeout=2.0).status_code == 200:
-                return
-        except httpx2.TransportError:
-            time.sleep(0.2)
-    raise AssertionError(stack.tail("service"))
-
-
-class Front:
-    """The service before one vLLM, both to be asked the same."""
-
-    def __init__(self, vllm_url: str, stack: LocalStack) -> None:
-        self.vllm_url, self.stack = vllm_url, stack
-        self.direct = httpx2.Client(base_url=vllm_url, timeout=120)
-        self.gateway = httpx2.Client(
-            base_url=stack.url, timeout=120, headers={"authorization": f"Bearer {stack.api_key}"}
-        )
-        self._database = Database(f"sqlite:///{stack.data / 'perennial.db'}")
-
-    def own(self, path: str, body: Json) -> Json:
-        """vLLM's own whole answer, with everything about its tokens."""
-        known = {"return_token_ids": True, "logprobs": body.get("logprobs", 0) if "prompt" in body else True}
-        answer = self.direct.post(path, json={"model": BASE_MODEL} | body | known)
-        assert answer.status_code == 200, answer.text
-        return dict(answer.json())
-
-    def streamed(self, path: str, body: Json) -> list[Json]:
-        """The gateway's chunks."""
-        with self.gateway.stream("POST", path, json={"model": BASE_MODEL, "stream": True} | body) as answer:
-            assert answer.status_code == 200, answer.read()
-            lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
-        assert lines[-1] == "[DONE]", lines[-1]
-        return [json.loads(line) for line in lines[:-1]]
-
-    def kept(self, rollout_id: str) -> Json:
-        with self._database.read() as s:
-            found = s.execute(text("SELECT * FROM rollouts WHERE id = :id"), {"id": rollout_id}).mappings().one()
-        lists = ("messages", "tools", "reply", "prompt_token_ids", "response_token_ids", "logprobs", "sampling")
-        return dict(found) | {k: json.loads(found[k]) if found[k] else None for k in lists}
-
-    def openai(self, name: str) -> openai.OpenAI:
-        url, key = (self.vllm_url, "none") if name == "direct" else (self.stack.url, self.stack.api_key)
-        return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
-
-    def metric(self, name: str) -> float:
-        found = re.findall(rf"^{re.escape(name)} (\S+)$", self.direct.get("/metrics").text, re.MULTILINE)
-        return float(found[0])
-
-    def close(self) -> None:
-        for each in (self.direct, self.gateway, self._database):
-            each.close()
-
-
-@pytest.fixture(scope="module")
-def make_front(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Front]]:
-    made: list[Front] = []
-
-    def make(vllm_url: str) -> Front:
-        settings = {"PERENNIAL_ENGINE_URL": vllm_url}
-        data = tmp_path_factory.mktemp("front")
-        stack = LocalStack(LocalConfig(data, MODEL_DIR, BASE_MODEL, port=0, threads=1, settings=settings))
-        stack.start("service")
-        _wait_for(f"{stack.url}/healthz", stack)
-        made.append(Front(vllm_url, stack))
-        return made[-1]
-
-    yield make
-    for front in made:
-        front.close()
-        front.stack.stop()
 
 
 @pytest.fixture(scope="module")
 def front(vllm: VllmServer, make_front: Callable[[str], Front]) -> Front:
     return make_front(vllm.url)
-
-
-CHATS: dict[str, Json] = {
-    "multi-turn, unicode": {"messages": TALK, "tools": TOOLS, "temperature": 0, "max_tokens": 24},
-    "sampled": {"messages": TALK[:2], "temperature": 1.0, "seed": 7, "max_tokens": 24},
-    "cold and filtered": {"messages": TALK[:2], "temperature": 0.7, "top_p": 0.9, "seed": 7, "max_tokens": 24},
-    "stop string": {"messages": [{"role": "user", "content": "repeat: apple river"}], "stop": " riv", "temperature": 0},
-    "forced tool": {
-        "messages": TALK[:2], "tools": TOOLS, "temperature": 0, "max_tokens": 40,
-        "tool_choice": {"type": "function", "function": {"name": "weather"}},
-    },
-    "json": {
-        "messages": TALK[:2], "temperature": 0, "max_tokens": 40,
-        "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {
-            "type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"],
-            "additionalProperties": False}}},
-    },
-    "penalised": {
-        "messages": TALK[:2], "temperature": 0, "frequency_penalty": 1.0, "presence_penalty": 0.5,
-        "repetition_penalty": 1.2, "logit_bias": {"16": 3}, "min_tokens": 8, "ignore_eos": True, "max_tokens": 12,
-        "skip_special_tokens": False,
-    },
-    "three choices": {"messages": TALK[:2], "temperature": 1.0, "seed": 3, "n": 3, "max_tokens": 12},
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CHATS)
@@ -164,13 +43,6 @@ def test_what_is_captured_of_a_stream_is_vllms_own(front: Front, name: str) -> N
         assert row["tools"] == body.get("tools")
     assert len({c["choices"][0]["index"] for c in chunks}) == len(own["choices"])
     assert not any("token_ids" in c["choices"][0] or c["choices"][0]["logprobs"] for c in chunks)
-
-
-TEXTS: dict[str, Json] = {
-    "text": {"prompt": "Zürich 🌧️: capital of", "temperature": 0, "max_tokens": 10},
-    "token ids": {"prompt": [1, 1919, 201, 2161], "temperature": 1.0, "seed": 5, "max_tokens": 10, "logprobs": 2},
-    "choices": {"prompt": "capital of peru?", "temperature": 1.0, "seed": 5, "n": 2},
-}
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -241,6 +113,76 @@ def test_openais_client_sees_in_a_whole_answer_what_vllm_itself_sends(front: Fro
         answer.pop("ec_transfer_params", None)
     assert seen["gateway"] == seen["direct"]
     assert values["gateway"] == pytest.approx(values["direct"], abs=2e-5)
+
+
+@dataclass
+class Turn:
+    """One streamed answer, as the `openai` client puts it together."""
+
+    asked: Json
+    id: str = ""
+    text: str = ""
+    calls: list[Json] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+    ends: list[str] = field(default_factory=list)
+
+    def take(self, chunk: Any) -> None:
+        self.id = chunk.id
+        for choice in chunk.choices:
+            self.text += choice.delta.content or ""
+            self.values += [entry.logprob for entry in (choice.logprobs.content if choice.logprobs else None) or ()]
+            self.ends += [choice.finish_reason] if choice.finish_reason else []
+            for piece in choice.delta.tool_calls or ():
+                if piece.index == len(self.calls):
+                    self.calls.append({"id": piece.id, "type": "function", "function": {"name": "", "arguments": ""}})
+                function = self.calls[piece.index]["function"]
+                function["name"] += piece.function.name or ""
+                function["arguments"] += piece.function.arguments or ""
+
+    def seen(self) -> Json:
+        """All but the call's ids, which are made anew for each answer."""
+        return {"text": self.text, "calls": [c["function"] for c in self.calls], "ends": self.ends}
+
+
+def conversed(client: openai.OpenAI) -> list[Turn]:
+    """An agent's turns: a call of the named function, its result, any call, its result, an answer in words."""
+    messages, turns = TALK[:2], list[Turn]()
+    named: Json = {"type": "function", "function": {"name": "weather"}}
+    for choice, result in ((named, "12 °C, Föhn 🌬️"), ("required", "高潮 21:00"), ("none", "")):
+        body: Json = {"messages": messages, "tools": STRICT_TOOLS, "tool_choice": choice, "temperature": 0}
+        turn = Turn(body | {"max_tokens": 160, "logit_bias": UNBROKEN})
+        for chunk in client.chat.completions.create(model=BASE_MODEL, stream=True, logprobs=True, **turn.asked):
+            turn.take(chunk)
+        turns.append(turn)
+        if result:
+            call = turn.calls[0] | {"id": f"call_{len(turns)}"}  # alike on both sides
+            messages = [*messages, {"role": "assistant", "content": None, "tool_calls": [call]}]
+            messages.append({"role": "tool", "tool_call_id": call["id"], "content": result})
+    return turns
+
+
+def test_a_streamed_conversation_with_tool_calls_is_vllms_own_and_kept(front: Front) -> None:
+    """vLLM forces the calls' JSON, so the demonstration model makes whole calls, with places beyond ASCII."""
+    talks: dict[str, list[Turn]] = {}
+    for side in ("direct", "gateway"):
+        with front.openai(side) as client:
+            talks[side] = conversed(client)
+    for own, ours in zip(talks["direct"], talks["gateway"], strict=True):
+        assert ours.seen() == own.seen()
+        assert ours.values == pytest.approx(own.values, abs=2e-5)
+        row, whole = front.kept(ours.id), front.own("/v1/chat/completions", ours.asked)
+        assert row["prompt_token_ids"] == whole["prompt_token_ids"]
+        assert row["response_token_ids"] == whole["choices"][0]["token_ids"]
+        assert row["logprobs"] == pytest.approx(ours.values, abs=1e-9)
+        assert (row["reply"] or {}).get("tool_calls", []) == ours.calls
+        assert row["response"] == ours.text
+    first, second, last = talks["gateway"]
+    assert first.calls[0]["function"]["name"] == "weather"
+    assert json.loads(first.calls[0]["function"]["arguments"])["place"] in PLACES
+    assert [c["function"]["name"] in ("weather", "tide") for c in second.calls] == [True]
+    assert json.loads(second.calls[0]["function"]["arguments"])
+    assert not last.calls
+    assert last.text
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -25,6 +25,7 @@ from fastapi.responses import JSONResponse, Response
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from api_schemas.preview import Preview, ResultRequest
 from api_schemas.training import LoraSettings, ResolvedTraining, TrainingSettings, resolve
 from api_schemas.worker import (
     CommitReply,
@@ -82,8 +83,9 @@ LORA = LoraSettings(rank=4, alpha=8, target_modules=["q_proj", "v_proj", "down_p
 
 
 def training(**overrides: Any) -> ResolvedTraining:
-    """Two steps at a rate that moves a tiny model visibly, unless said otherwise."""
-    return resolve(TrainingSettings(), TrainingSettings(**({"steps": 2, "learning_rate": 5e-3} | overrides)))
+    """Two steps at a rate that moves a tiny model visibly, on the answers that were sent, unless said otherwise."""
+    usual = {"steps": 2, "learning_rate": 5e-3, "rollouts": "own"}
+    return resolve(TrainingSettings(), TrainingSettings(**(usual | overrides)))
 
 
 def item(number: int, feedback: str = "in capitals, please", *, words: int = 3, **fields: Any) -> LeasedItem:
@@ -154,6 +156,8 @@ class Job:
     error: dict[str, Any] | None = None
     run_id: str | None = None
     commit: CommitRequest | None = None
+    kind: Literal["train", "preview"] = "train"
+    preview: Preview | None = None
     beats: list[Heartbeat] = field(default_factory=list)
 
 
@@ -186,10 +190,11 @@ class FakeService:
         self.heads: dict[str, Head] = {}
         self.runs: dict[str, tuple[Job, int]] = {}
         self.committed: dict[str, CommitReply] = {}
+        self.answered: set[tuple[str, int]] = set()
         self.calls: list[str] = []
         self.lease_seconds = 3.0
         self.cut_commits = 0
-        """So many commits are applied without their acknowledgement arriving."""
+        """So many commits and results are applied without their acknowledgement arriving."""
         self.unavailable = 0
         """So many calls on runs are answered 503, nothing done."""
         self.reject_versions = False
@@ -206,7 +211,7 @@ class FakeService:
             self.jobs.append(
                 Job(
                     adapter_id, wanted, training(**settings.pop("training", {})), settings.pop("lora", LORA),
-                    settings.pop("base_model", BASE),
+                    settings.pop("base_model", BASE), kind=settings.pop("kind", "train"),
                 )
             )  # fmt: skip
             assert not settings, f"unknown settings {settings}"
@@ -250,6 +255,7 @@ class FakeService:
             job.run_id, job.state = run_id, "running"
             self.changed.notify_all()
             return Lease(
+                kind=job.kind,
                 run_id=run_id, token=head.token, lease_seconds=self.lease_seconds, adapter_id=job.adapter_id,
                 adapter="helper", base_model=job.base_model, lora=job.lora, training=job.training,
                 seed=1, parent=head.versions[-1] if head.versions else None,
@@ -316,6 +322,19 @@ class FakeService:
         on_disk = {f.name: f for f in scan(directory_of(self.root, request.uri))}
         return None if on_disk == {f.name: f for f in request.files} else "other bytes than declared"
 
+    def result(self, run_id: str, request: ResultRequest) -> Response:
+        if (run_id, request.token) not in self.answered:
+            found = self.held(run_id, request.token)
+            if isinstance(found, JSONResponse):
+                return found
+            job, head = found
+            head.holder, job.state, job.preview = None, "succeeded", request.preview
+            self.answered.add((run_id, request.token))
+        if self.cut_commits:
+            self.cut_commits -= 1
+            return CutResponse()
+        return Response(status_code=204)
+
     def fail(self, run_id: str, request: FailRequest) -> Response:
         found = self.held(run_id, request.token)
         if isinstance(found, JSONResponse):
@@ -344,7 +363,13 @@ def reply(body: CommitReply | HeartbeatReply | Lease) -> Response:
     return Response(body.model_dump_json(), media_type="application/json")
 
 
-_BODIES = {"heartbeat": Heartbeat, "commit": CommitRequest, "fail": FailRequest, "release": ReleaseRequest}
+_BODIES = {
+    "heartbeat": Heartbeat,
+    "commit": CommitRequest,
+    "result": ResultRequest,
+    "fail": FailRequest,
+    "release": ReleaseRequest,
+}
 
 
 def port_of(service: FakeService) -> FastAPI:

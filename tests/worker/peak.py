@@ -28,7 +28,7 @@ def main(model: str, dtype: str, rank: int, prompt: int, response: int, rows: in
     base = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
     for parameter in base.parameters():  # no page of the file is left to be read later
         parameter.data = parameter.data.clone()
-    policy, options = attach_lora(base, LoraSpec(rank=rank)), Options(steps=2, stop_gap=0.0)
+    policy, options = attach_lora(base, LoraSpec(rank=rank)), Options(steps=2, stop_gap=0.0, path="plain")
     samples = [
         Sample(
             prompt_ids=[5] * prompt,

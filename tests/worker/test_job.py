@@ -8,7 +8,7 @@ import json
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -297,6 +297,86 @@ def test_progress_counts_the_steps(run: Any, make_lease: Any) -> None:
     ]  # fmt: skip
     losses = [e.metrics.loss for e in heard if isinstance(e, Step)]
     assert losses[1] < losses[0]
+
+
+def ending_turns_with(base: BaseModel, ids: list[int] | None) -> Iterator[BaseModel]:
+    config: Any = base.module.generation_config
+    usual, config.eos_token_id = config.eos_token_id, ids
+    yield base
+    config.eos_token_id = usual
+
+
+@pytest.fixture
+def terse(base: BaseModel) -> Iterator[BaseModel]:
+    """The base, whose every token ends a turn: what it writes is one token long, and finished."""
+    yield from ending_turns_with(base, list(range(len(base.tokenizer))))
+
+
+@pytest.fixture
+def endless(base: BaseModel) -> Iterator[BaseModel]:
+    """The base, which never ends a turn."""
+    yield from ending_turns_with(base, None)
+
+
+@pytest.mark.parametrize(("rollouts", "written"), [("own", 0), ("teacher", 1), ("both", 1)])
+def test_the_teacher_writes_for_what_is_taught(
+    run: Any, make_lease: Any, make_item: Any, make_training: Any, root: Path, terse: BaseModel,
+    rollouts: str, written: int,
+) -> None:  # fmt: skip
+    """Of two items one has nothing to teach. Reports stay one per item and are about the items' own answers."""
+    items = [make_item(1, words=6), make_item(2, feedback=" ", standing=False)]
+    lease = make_lease(training=make_training(rollouts=rollouts)).model_copy(update={"items": items})
+    heard: list[Any] = []
+    done = run(lease, heard)
+    steps = [e.metrics for e in heard if isinstance(e, Step)]
+    own = len("thing " * 6)
+    assert {"own": own, "teacher": 1, "both": own + 1}[rollouts] == steps[0].response_tokens
+    assert [s.teacher_written for s in steps] == [written, written]
+    assert [(i.id, i.taught) for i in done.items] == [("item-1", True), ("item-2", False)]
+    assert done.items[0].response_tokens == own
+    phases = [e.phase for e in heard if isinstance(e, Progress)]
+    assert ("answering" in phases) == (rollouts != "own")
+    provenance = json.loads((root / done.uri / "adapter" / "perennial.json").read_bytes())
+    assert provenance["training"]["rollouts"] == rollouts
+
+
+def test_answers_of_the_teacher_that_do_not_end_are_not_learnt(
+    run: Any, make_lease: Any, make_training: Any, endless: BaseModel, root: Path
+) -> None:
+    """With nothing finished, every choice comes down to the student's own answers."""
+    runs = {r: run(make_lease(f"adp_{r}", training=make_training(rollouts=r))) for r in ("own", "teacher", "both")}
+    files = {(root / done.uri / WEIGHTS).read_bytes() for done in runs.values()}
+    assert len(files) == 1
+
+
+def test_the_teachers_answers_are_the_same_on_a_retry(
+    run: Any, make_lease: Any, make_training: Any, terse: BaseModel, root: Path
+) -> None:
+    before = fingerprint(terse)
+    both = make_training(rollouts="both")
+    first, second, own = run(make_lease("a", training=both)), run(make_lease("b", training=both)), run(make_lease("c"))
+    assert (root / first.uri / WEIGHTS).read_bytes() == (root / second.uri / WEIGHTS).read_bytes()
+    assert (root / first.uri / WEIGHTS).read_bytes() != (root / own.uri / WEIGHTS).read_bytes()
+    assert fingerprint(terse) == before
+
+
+def test_a_stop_is_heeded_while_the_teacher_writes(
+    run: Any, make_lease: Any, make_training: Any, endless: BaseModel, root: Path
+) -> None:
+    heard: list[Any] = []
+    asked: list[bool] = []
+
+    def stop() -> bool:
+        asked.append(True)
+        return len(asked) >= 5
+
+    before = fingerprint(endless)
+    with pytest.raises(StoppedError):
+        run(make_lease(training=make_training(rollouts="both")), heard, stop)
+    assert len(asked) <= 8, "once per token, then no more"
+    assert [e for e in heard if isinstance(e, Step)] == []
+    assert fingerprint(endless) == before
+    assert not list(root.rglob("*.safetensors"))
 
 
 def test_what_a_client_downloads_holds_no_feedback(run: Any, make_lease: Any, make_item: Any, root: Path) -> None:

@@ -110,6 +110,26 @@ def test_the_next_version_goes_on_where_its_parent_stopped(worker: Any, service:
     assert provenance["parent"]["digest"] == service.heads["adp_chain"].versions[0].digest
 
 
+def test_a_preview_is_sent_and_leaves_no_version(worker: Any, service: Any, make_item: Any) -> None:
+    """Its acknowledgement is lost once: it is sent again, and counts once."""
+    first = service.wait_for_state(service.enqueue("adp_preview"), "succeeded")
+    trainers = worker.children()
+    service.cut_commits = 1
+    job = service.wait_for_state(service.enqueue("adp_preview", items=3, kind="preview"), "succeeded")
+    service.wait(lambda: service.calls.count(f"result {job.run_id}") == 2, "the result was not repeated")
+    assert (job.preview.version, len(job.preview.items), job.attempts) == (1, 3, 0)
+    following = service.wait_for_state(service.enqueue("adp_preview"), "succeeded")
+    assert [v.uri for v in service.heads["adp_preview"].versions] == [first.commit.uri, following.commit.uri]
+    assert {p.name for p in (service.root / "adp_preview").iterdir()} == {first.run_id, following.run_id}
+    assert worker.children() == trainers
+
+
+def test_a_preview_that_cannot_be_made_fails_with_its_reason(worker: Any, service: Any, make_item: Any) -> None:
+    item = make_item(1, feedback="x" * 2000)
+    job = service.wait_for_state(service.enqueue("adp_long_preview", [item], kind="preview"), "failed")
+    assert (job.error["code"], job.error["retryable"]) == ("context_too_long", False)
+
+
 def test_a_changed_parent_is_refused(worker: Any, service: Any) -> None:
     first = service.wait_for_state(service.enqueue("adp_corrupt"), "succeeded")
     weights = service.root / first.commit.uri / "adapter" / "adapter_model.safetensors"

@@ -68,9 +68,8 @@ def test_the_supervisor_imports_no_torch() -> None:
 def test_presets_of_wire_and_algorithm_agree(preset: Any) -> None:
     ours = options_of(resolve(TrainingSettings(preset=preset)))
     theirs = PRESETS[preset]
-    wire = {"steps", "learning_rate"}  # the service's own choice for many small batches
     differing = {k for k, v in ours.as_dict().items() if v != theirs.as_dict()[k]}
-    assert differing <= wire
+    assert differing == {"measure_base_kl"}, "the service asks for the distance to the base"
 
 
 def test_every_named_setting_reaches_the_algorithm() -> None:

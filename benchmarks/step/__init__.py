@@ -1,0 +1,1 @@
+"""The cost of one feedback batch: the fast path against the plain one and against a plain baseline."""

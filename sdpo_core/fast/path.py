@@ -1,0 +1,152 @@
+"""The fast path: packed rows, hidden states of the response positions, the head in chunks.
+
+Shape legend: N response tokens of a micro-batch, H hidden width, V vocabulary, B samples, T longest response.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from sdpo_core.divergence import Target
+from sdpo_core.fast.decoder import HiddenPolicy
+from sdpo_core.fast.head import Head, LossSpec, RowInputs, chunk_tokens, kept_teacher, loss_and_gradient, scored
+from sdpo_core.fast.packing import PackedBatch, pack, packed_groups
+from sdpo_core.fast.records import joined, split
+from sdpo_core.options import Options
+from sdpo_core.paths import Part, PathName
+from sdpo_core.policy import Policy
+from sdpo_core.samples import Sample, pad_rows
+from sdpo_core.scoring import BaseScore, Scorer, StartScore, base_score, start_score
+from sdpo_core.teachers import trust_region_logits
+from sdpo_core.terms import TokenTerms
+
+R = TypeVar("R")
+
+
+def obstacle(policy: Policy, options: Options) -> str:
+    """Why the fast path cannot take this batch, in a few words; empty when it can."""
+    if options.support in ("student", "full"):
+        return f"support {options.support!r} needs the teacher's whole distribution at every token"
+    if options.policy_gradient is not None:
+        return "policy_gradient needs whole answers at once"
+    if not isinstance(policy, HiddenPolicy):
+        return "the policy gives logits only, no hidden states"
+    return policy.obstacle()
+
+
+@dataclass(frozen=True)
+class FastPath(Scorer):
+    """Implements `paths.Path` where `obstacle` finds nothing in the way."""
+
+    @property
+    def name(self) -> PathName:
+        return "fast"
+
+    def with_options(self, options: Options) -> FastPath:
+        return replace(self, options=options)
+
+    @property
+    def _model(self) -> HiddenPolicy:
+        assert isinstance(self.policy, HiddenPolicy)  # noqa: S101 - `obstacle` was asked
+        return self.policy
+
+    def groups(self, samples: Sequence[Sample]) -> list[list[int]]:
+        return packed_groups([s.student_length for s in samples], self.options.micro_batch_tokens)
+
+    @torch.no_grad()
+    def targets(self, samples: Sequence[Sample]) -> list[Target]:
+        spec, mix = self.options.divergence, self.options.teacher_mix
+        found: list[Target] = []
+        lengths = [len(s.teacher_prompt_ids) + len(s.response_ids) for s in samples]
+        for rows in packed_groups(lengths, self.options.micro_batch_tokens):
+            part = [samples[r] for r in rows]
+            batch = pack([s.teacher_prompt_ids for s in part], [s.response_ids for s in part], self.device)
+            hidden_NH = self._teacher_hidden(batch)
+            if mix > 0:
+                student_NH = self._model.hidden(batch, adapter=True)
+                found += self._mixed(batch, hidden_NH, student_NH)
+            else:
+                found += self._scored(batch, hidden_NH, lambda logits, ids: kept_teacher(logits, ids, spec))
+        return found
+
+    def _teacher_hidden(self, batch: PackedBatch) -> Tensor:
+        if self.options.teacher == "ema":
+            assert self.ema is not None  # noqa: S101 - checked when made
+            return self._model.delta_hidden(batch, self.ema.deltas)
+        return self._model.hidden(batch, adapter=self.options.teacher in ("previous", "live"))
+
+    def _mixed(self, batch: PackedBatch, teacher_NH: Tensor, student_NH: Tensor) -> list[Target]:
+        """Targets of the trust region's mixture: two heads' logits per chunk."""
+        head, width = self._model.head(), teacher_NH.shape[-1]
+        both_NH = torch.cat([teacher_NH, student_NH], dim=-1)
+
+        def logits(hidden_NH: Tensor) -> Tensor:
+            teacher_NV, student_NV = (head.logits(h) for h in (hidden_NH[:, :width], hidden_NH[:, width:]))
+            return trust_region_logits(teacher_NV, student_NV, self.options.teacher_mix)
+
+        found = scored(
+            logits, both_NH, batch.response_ids_N, self._chunk(head),
+            lambda logits_NV, ids_N: kept_teacher(logits_NV, ids_N, self.options.divergence),
+        )  # fmt: skip
+        return split(found, batch.response_lengths)
+
+    @torch.no_grad()
+    def base(self, samples: Sequence[Sample]) -> list[BaseScore]:
+        return self._plain_scored(samples, base_score, adapter=False)
+
+    @torch.no_grad()
+    def start(self, samples: Sequence[Sample]) -> list[StartScore]:
+        return self._plain_scored(samples, start_score, adapter=True)
+
+    def _plain_scored(
+        self, samples: Sequence[Sample], keep: Callable[[Tensor, Tensor], R], *, adapter: bool
+    ) -> list[R]:
+        """Something of every sample's plain prompt."""
+        found: list[R] = []
+        for rows in self.groups(samples):
+            batch = self._packed([samples[r] for r in rows])
+            found += self._scored(batch, self._model.hidden(batch, adapter=adapter), keep)
+        return found
+
+    def _packed(self, samples: Sequence[Sample]) -> PackedBatch:
+        return pack([s.prompt_ids for s in samples], [s.response_ids for s in samples], self.device)
+
+    def _scored(self, batch: PackedBatch, hidden_NH: Tensor, keep: Callable[[Tensor, Tensor], R]) -> list[R]:
+        head = self._model.head()
+        found = scored(head.logits, hidden_NH, batch.response_ids_N, self._chunk(head), keep)
+        return split(found, batch.response_lengths)
+
+    def backward(self, part: Part) -> TokenTerms:
+        batch, head = self._packed(part.samples), self._model.head()
+        hidden_NH = self._model.hidden(batch, adapter=True, checkpointing=self.options.checkpointing)
+        terms, gradient_NH = loss_and_gradient(
+            head, hidden_NH, batch.response_ids_N, joined(part.targets), self._inputs(part), self._loss_spec(),
+            self._chunk(head),
+        )  # fmt: skip
+        torch.autograd.backward(hidden_NH, gradient_NH)
+        rows = split(terms, batch.response_lengths)
+        return TokenTerms(**{name: pad_rows([vars(row)[name] for row in rows]) for name in vars(terms)})
+
+    def _inputs(self, part: Part) -> RowInputs:
+        base, start, weights = part.base, part.start, part.token_weights
+        sizes = torch.tensor([len(s.response_ids) for s in part.samples], device=self.device)
+        return RowInputs(
+            weights_N=torch.tensor(part.weights, device=self.device).repeat_interleave(sizes),
+            behaviour_N=torch.cat(part.known_behaviour(self.device)),
+            base_logp_N=None if base is None else torch.cat([b.logp for b in base]),
+            base_target=None if base is None else joined([b.target for b in base]),
+            previous_logp_N=None if start is None else torch.cat([s.logp for s in start]),
+            token_weights_N=None if weights is None else torch.cat(weights),
+        )
+
+    def _loss_spec(self) -> LossSpec:
+        o = self.options
+        return LossSpec(o.divergence, o.is_clip, o.base_kl_weight, o.previous_kl_weight)
+
+    def _chunk(self, head: Head) -> int:
+        return self.options.chunk_tokens or chunk_tokens(len(head.weight_VH))

@@ -1,0 +1,152 @@
+"""A LoRA adapter on a base model as a policy: logits and hidden states with the adapter on, off, or replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sdpo_core.fast.decoder import head_of, hidden_states, obstacle_in
+from sdpo_core.fast.head import Head
+from sdpo_core.fast.packing import PackedBatch
+from sdpo_core.lowrank import LowRank
+from sdpo_core.samples import TokenBatch
+from sdpo_core.writing import ends_of, write_greedily
+
+
+class LoraPolicy:
+    """A base model with one LoRA adapter attached; implements `sdpo_core.ema.DeltaPolicy`."""
+
+    def __init__(self, model: PeftModel, seal: Tensor | None = None) -> None:
+        self.model = model.eval()  # no dropout anywhere: a step must be reproducible
+        self._seal = seal
+
+    def base_intact(self) -> bool:
+        """Whether the base, adapter off, still answers bit for bit as it did before the adapter was attached."""
+        if self._seal is None:
+            return True
+        with self._bare():
+            return torch.equal(seal_of(self.model), self._seal)
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
+    def base_unchanged(self, base: nn.Module) -> bool:
+        """The same of the detached base."""
+        return self._seal is None or torch.equal(seal_of(base), self._seal)
+
+    def trainable(self) -> list[tuple[str, nn.Parameter]]:
+        """LoRA factors in model order, named as in the saved adapter file's keys."""
+        return [
+            (name.replace(".default.", "."), parameter)
+            for name, parameter in self.model.named_parameters()
+            if ".lora_" in name
+        ]
+
+    def logits(self, batch: TokenBatch, *, adapter: bool) -> Tensor:
+        """(B, N - first_logit, V). `adapter=False`: the base model, without gradient."""
+        if adapter:
+            return self._forward(batch)
+        with self._bare():
+            return self._forward(batch)
+
+    def obstacle(self) -> str:
+        """See `fast.decoder.HiddenPolicy`. Tried once, on the bare base."""
+        return self._obstacle
+
+    @cached_property
+    def _obstacle(self) -> str:
+        base = self.model.get_base_model()
+        if not isinstance(base, PreTrainedModel):
+            return f"the base is a {type(base).__name__}, no model of Transformers"
+        with self._bare():
+            return obstacle_in(base)
+
+    def head(self) -> Head:
+        return head_of(self.model.get_base_model())
+
+    def hidden(self, batch: PackedBatch, *, adapter: bool, checkpointing: bool = False) -> Tensor:
+        """(N, H), see `fast.decoder.HiddenPolicy`."""
+        if adapter:
+            return hidden_states(self.model.get_base_model(), batch, checkpointing=checkpointing)
+        with self._bare():
+            return hidden_states(self.model.get_base_model(), batch)
+
+    def delta_hidden(self, batch: PackedBatch, deltas: Mapping[str, LowRank]) -> Tensor:
+        """(N, H) of the base model plus `deltas`, one per adapted layer; the adapter itself is off. No gradient."""
+        with self._bare(deltas):
+            return hidden_states(self.model.get_base_model(), batch)
+
+    @torch.no_grad()
+    def deltas(self) -> dict[str, LowRank]:
+        """alpha / rank * B A of every adapted layer, as float32 copies."""
+        found = {}
+        for name, layer in self._layers():
+            b, a = layer.lora_B["default"].weight, layer.lora_A["default"].weight
+            found[name] = LowRank(layer.scaling["default"] * b.float(), a.detach().float().clone())
+        return found
+
+    def delta_logits(self, batch: TokenBatch, deltas: Mapping[str, LowRank]) -> Tensor:
+        """The base model plus `deltas`, one per adapted layer; the adapter itself is off. No gradient."""
+        with self._bare(deltas):
+            return self._forward(batch)
+
+    @property
+    def ends(self) -> frozenset[int]:
+        return ends_of(self.model)
+
+    def write(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, should_stop: Callable[[], bool] | None = None
+    ) -> list[tuple[int, ...]]:
+        """Greedy answers of the base model, the adapter off."""
+        with self._bare():
+            return write_greedily(self.model, prompts, max_new_tokens, should_stop)
+
+    @contextmanager
+    def _bare(self, deltas: Mapping[str, LowRank] | None = None) -> Iterator[None]:
+        """Without gradient and without the adapter; `deltas` take its place.
+
+        PEFT's own `disable_adapter` inspects every layer first, which takes longer than a small model runs.
+        """
+        with torch.no_grad(), ExitStack() as undo:
+            self.model.base_model.disable_adapter_layers()
+            undo.callback(self.model.base_model.enable_adapter_layers)
+            if deltas is not None:
+                for name, layer in self._layers():
+                    undo.callback(layer.register_forward_hook(_adding(deltas[name])).remove)
+            yield
+
+    def _layers(self) -> list[tuple[str, Any]]:
+        return [(name, module) for name, module in self.model.named_modules() if isinstance(module, LoraLayer)]
+
+    def _forward(self, batch: TokenBatch) -> Tensor:
+        keep = batch.ids_BN.shape[1] - batch.first_logit
+        out = self.model(
+            input_ids=batch.ids_BN, attention_mask=batch.attention_BN, use_cache=False, logits_to_keep=keep
+        )
+        logits: Tensor = out.logits
+        return logits
+
+
+def _adding(delta: LowRank) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output + delta.apply(inputs[0]).to(output.dtype)
+
+    return hook
+
+
+@torch.no_grad()
+def seal_of(model: nn.Module) -> Tensor:
+    """What the model answers to a few fixed tokens, (7, V). Any change of its weights shows in it, to the bit."""
+    device = next(model.parameters()).device
+    logits: Tensor = model.eval()(input_ids=torch.arange(7, device=device).unsqueeze(0), use_cache=False).logits
+    return logits[0].clone()

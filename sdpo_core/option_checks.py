@@ -1,0 +1,123 @@
+"""What `Options` refuses: names, bounds, and combinations that train nothing or are known to collapse."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Literal, get_args
+
+from sdpo_core.aggregation import Aggregation
+from sdpo_core.divergence import Outside, Support
+from sdpo_core.errors import OptionError
+
+if TYPE_CHECKING:
+    from sdpo_core.options import Options
+
+TeacherKind = Literal["base", "previous", "live", "ema"]
+RolloutCorrection = Literal["none", "token", "sequence"]
+PathChoice = Literal["auto", "plain", "fast"]
+
+
+def check(o: Options) -> None:
+    """Raises OptionError with the option's name and the reason."""
+    _check_names(o)
+    _check_bounds(o)
+    _check_combinations(o)
+
+
+def _check_names(o: Options) -> None:
+    choices = (
+        ("support", Support), ("outside", Outside), ("aggregation", Aggregation), ("teacher", TeacherKind),
+        ("rollout_correction", RolloutCorrection), ("path", PathChoice),
+    )  # fmt: skip
+    for name, literal in choices:
+        if getattr(o, name) not in get_args(literal):
+            raise OptionError(name, f"must be one of {', '.join(get_args(literal))}")
+
+
+def _check_bounds(o: Options) -> None:
+    _within("alpha", o.alpha, 0.0, 1.0)
+    _within("sampled_floor", o.sampled_floor, -100.0, 0.0)
+    _within("teacher_mix", o.teacher_mix, 0.0, 1.0)
+    _within("teacher_rate", o.teacher_rate, 0.0, 1.0)
+    _within("teacher_rank", o.teacher_rank, 1, 1 << 14)
+    _within("rollout_threshold", o.rollout_threshold, 1.0, 1e6)
+    _within("base_kl_weight", o.base_kl_weight, 0.0, 1e3)
+    _within("previous_kl_weight", o.previous_kl_weight, 0.0, 1e3)
+    _within("top_entropy", o.top_entropy, 1e-3, 1.0, "a share of 0 trains nothing")
+    _within("steps", o.steps, 1, 64)
+    _within("stop_gap", o.stop_gap, 0.0, 1e3)
+    _within("stop_gap_ratio", o.stop_gap_ratio, 0.0, 0.99)
+    _within("micro_batch_tokens", o.micro_batch_tokens, 1, 1 << 24)
+    _within("learning_rate", o.learning_rate, 1e-9, 1.0, "a rate of 0 trains nothing")
+    _within("weight_decay", o.weight_decay, 0.0, 1.0)
+    _within("max_grad_norm", o.max_grad_norm, 1e-6, 1e6)
+    _within("eps", o.eps, 1e-16, 1.0)
+    for beta in o.betas:
+        _within("betas", beta, 0.0, 0.99999)
+    if o.is_clip is not None:
+        _within("is_clip", o.is_clip, 1.0, 1e6, "a clip below 1 scales down text that is on-policy")
+    if o.chunk_tokens is not None:
+        _within("chunk_tokens", o.chunk_tokens, 1, 1 << 24)
+    if o.top_k is not None:
+        _within("top_k", o.top_k, 1, 1 << 20)
+
+
+def _check_combinations(o: Options) -> None:
+    if o.support in ("teacher", "student") and o.top_k is None:
+        raise OptionError("top_k", f"support '{o.support}' needs a number of tokens")
+    if o.support == "sampled" and o.alpha != 1.0:
+        raise OptionError("alpha", "the sampled-token loss is an estimator of the reverse KL: alpha must be 1")
+    if o.support in ("teacher", "student") and o.outside == "renormalise":
+        if o.top_k == 1:
+            raise OptionError("top_k", "trains nothing: one token renormalised has probability 1 on both sides")
+        if o.support == "teacher" and o.alpha == 0.0:
+            raise OptionError(
+                "outside",
+                "renormalised over the teacher's top K, alpha 0 is either identically zero (CLaaS's formula) or leaves "
+                "the student's mass outside the top K free to grow; use outside='tail'",
+            )
+    if o.support == "student" and o.alpha == 0.0:
+        raise OptionError(
+            "support",
+            "alpha 0 on the student's own top K collapses to empty answers: what the teacher wants is not in it; "
+            "use support='teacher'",
+        )
+    _check_teacher(o)
+    _check_policy_gradient(o)
+
+
+def _check_teacher(o: Options) -> None:
+    if o.teacher_mix > 0 and o.teacher in ("previous", "live"):
+        raise OptionError("teacher_mix", f"has nothing to mix: teacher '{o.teacher}' is the student already")
+    if o.previous_kl_weight > 0 and o.steps == 1:
+        raise OptionError(
+            "previous_kl_weight",
+            "trains nothing: the only step starts at the previous version, where the anchor has no gradient",
+        )
+
+
+def _check_policy_gradient(o: Options) -> None:
+    rule = o.policy_gradient
+    if rule is None:
+        return
+    if o.support != "sampled":
+        raise OptionError("policy_gradient", "an advantage is for the sampled token: use support='sampled'")
+    if o.is_clip is not None:
+        raise OptionError("is_clip", "the policy gradient has its own ratio: set is_clip to None")
+    if rule.reference not in ("student", "behaviour"):
+        raise OptionError("policy_gradient.reference", "must be one of student, behaviour")
+    if (rule.clip_low is None) != (rule.clip_high is None):
+        raise OptionError("policy_gradient.clip_low", "give both clips or neither")
+    if rule.distill_weight == 0 and rule.reward_weight == 0:
+        raise OptionError("policy_gradient.distill_weight", "trains nothing: both weights are 0")
+    _within("policy_gradient.clip_low", rule.clip_low or 0.0, 0.0, 1.0)
+    _within("policy_gradient.clip_high", rule.clip_high or 0.0, 0.0, 1e3)
+    _within("policy_gradient.distill_weight", rule.distill_weight, 0.0, 1e3)
+    _within("policy_gradient.reward_weight", rule.reward_weight, 0.0, 1e3)
+    _within("policy_gradient.max_gain", rule.max_gain, 1.0, 1e3)
+    _within("policy_gradient.gain_target", rule.gain_target or 0.0, 0.0, 1e3)
+
+
+def _within(name: str, value: float, low: float, high: float, why: str = "") -> None:
+    if not (math.isfinite(value) and low <= value <= high):
+        raise OptionError(name, f"{value} is outside [{low:g}, {high:g}]" + (f"; {why}" if why else ""))

@@ -1,0 +1,1 @@
+"""`perennial doctor`: compares the database with itself, with the files and with the engines."""

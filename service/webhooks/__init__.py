@@ -1,0 +1,1 @@
+"""Webhooks: what the outbox says, posted to the endpoints of its tenant, signed, at least once."""

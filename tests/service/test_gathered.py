@@ -1,0 +1,109 @@
+"""Work that is gathered: each gets its own result, a bad one fails alone, what was taken is finished."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Sequence
+
+import pytest
+
+from service.errors import NotFound, TooMany, Unavailable
+from service.gathered import Gathered
+
+
+class Work:
+    """Doubles numbers. Negative ones are refused; zero breaks the whole group; a closed gate holds the thread."""
+
+    def __init__(self) -> None:
+        self.groups: list[list[int]] = []
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def __call__(self, group: Sequence[int]) -> list[int | Exception]:
+        self.groups.append(list(group))
+        self.gate.wait(10)
+        if 0 in group:
+            raise ZeroDivisionError("nothing of this group was done")
+        return [NotFound(f"{n} is not there") if n < 0 else 2 * n for n in group]
+
+
+async def held(work: Work, gathered: Gathered[int, int], *members: int) -> list[asyncio.Task[int]]:
+    """The first is being done, behind the closed gate; the others wait."""
+    work.gate.clear()
+    first, *others = members
+    tasks = [asyncio.create_task(gathered.submit(first))]
+    while not work.groups:
+        await asyncio.sleep(0)
+    tasks += [asyncio.create_task(gathered.submit(n)) for n in others]
+    await asyncio.sleep(0)
+    return tasks
+
+
+@pytest.mark.anyio
+async def test_one_alone_is_done_at_once_and_what_comes_meanwhile_is_one_group() -> None:
+    work = Work()
+    gathered = Gathered("test", work, most=100, room=100)
+    tasks = await held(work, gathered, 1, 2, 3, 4)
+    work.gate.set()
+    assert await asyncio.gather(*tasks) == [2, 4, 6, 8]
+    assert work.groups == [[1], [2, 3, 4]]
+    await gathered.close()
+
+
+@pytest.mark.anyio
+async def test_a_refusal_and_a_breakdown_are_their_own_members_alone() -> None:
+    work = Work()
+    gathered = Gathered("test", work, most=100, room=100)
+    tasks = await held(work, gathered, 1, -2, 3, 0, 5)
+    work.gate.set()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(r) for r in results] == [int, NotFound, int, ZeroDivisionError, int]
+    assert work.groups == [[1], [-2, 3, 0, 5], [-2], [3], [0], [5]]
+    await gathered.close()
+
+
+@pytest.mark.anyio
+async def test_groups_and_what_waits_are_bounded_by_weight() -> None:
+    work = Work()
+    gathered = Gathered("test", work, most=5, room=9)
+    tasks = await held(work, gathered, 1)
+    tasks += [asyncio.create_task(gathered.submit(n, weight)) for n, weight in ((2, 4), (3, 4), (4, 1))]
+    await asyncio.sleep(0)
+    with pytest.raises(TooMany) as refused:
+        await gathered.submit(5, 1)
+    assert (refused.value.code, refused.value.retry_after) == ("service_busy", 1)
+    work.gate.set()
+    assert await asyncio.gather(*tasks) == [2, 4, 6, 8]
+    assert work.groups == [[1], [2], [3, 4]]
+    assert await gathered.submit(6, 50) == 12  # larger than any group, but nothing waits
+    await gathered.close()
+
+
+@pytest.mark.anyio
+async def test_closing_finishes_what_was_taken_and_refuses_what_comes_after() -> None:
+    work = Work()
+    gathered = Gathered("test", work, most=1, room=100)
+    tasks = await held(work, gathered, 1, 2, 3)
+    closing = asyncio.create_task(gathered.close())
+    await asyncio.sleep(0)
+    with pytest.raises(Unavailable) as refused:
+        await gathered.submit(4)
+    assert refused.value.code == "stopping"
+    work.gate.set()
+    await closing
+    assert [t.result() for t in tasks] == [2, 4, 6]
+    await gathered.close()
+
+
+@pytest.mark.anyio
+async def test_whoever_goes_away_leaves_the_others_their_answers() -> None:
+    work = Work()
+    gathered = Gathered("test", work, most=100, room=100)
+    tasks = await held(work, gathered, 1, 2, 3)
+    tasks[0].cancel()
+    tasks[1].cancel()
+    work.gate.set()
+    assert await tasks[2] == 6
+    assert work.groups == [[1], [2, 3]]  # taken is taken
+    await gathered.close()

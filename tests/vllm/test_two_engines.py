@@ -1,0 +1,152 @@
+"""One service before two real vLLM servers, one of which is killed under load and comes back."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from service.local import LocalStack
+from tests.vllm.conftest import stack_before
+from tests.vllm.server import VllmServer, wait_engine
+from tests.vllm.tenant import Answer, Tenant, weights
+from tests.vllm.test_swap import loads_before_traffic, wait_live
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+NAMES = ["a", "b"]
+PROMPTS = [f"which of the {word} comes first?" for word in ("gulls", "boats", "lamps", "ropes")]
+TOKENS = 64
+STREAMS = 3
+
+
+@pytest.fixture
+def pair(make_vllm: Callable[..., VllmServer]) -> Iterator[tuple[VllmServer, VllmServer]]:
+    servers = make_vllm(), make_vllm()
+    with ExitStack() as stack:
+        for server in servers:
+            stack.callback(server.stop)
+            server.start()
+        for server in servers:
+            server.wait_healthy()
+        yield servers
+
+
+@contextmanager
+def before(pair: tuple[VllmServer, VllmServer], data: Path) -> Iterator[tuple[LocalStack, Tenant]]:
+    local = stack_before(pair[0], data, PERENNIAL_ENGINE_URLS=",".join(s.url for s in pair))
+    try:
+        local.start("service")
+        wait_engine(local)
+        tenant = Tenant(local.url, local.api_key)
+        yield local, tenant
+        tenant.close()
+    finally:
+        local.stop()
+
+
+@dataclass
+class Load:
+    """Clients that ask without end: some stream, one takes whole answers."""
+
+    tenant: Tenant
+    over: threading.Event = field(default_factory=threading.Event)
+    streamed: list[tuple[float, Answer]] = field(default_factory=list)
+    """Each with the time at which it was asked."""
+    whole: list[tuple[float, int, str]] = field(default_factory=list)
+    """Time, status, body."""
+
+    def stream(self, number: int) -> None:
+        turn = number
+        while not self.over.is_set():
+            asked = time.monotonic()
+            answer = self.tenant.ask(NAMES[turn % 2], PROMPTS[turn % len(PROMPTS)], TOKENS)
+            self.streamed.append((asked, answer))
+            turn += 1
+            time.sleep(0.05)
+
+    def take_whole(self) -> None:
+        while not self.over.is_set():
+            message = {"role": "user", "content": PROMPTS[len(self.whole) % len(PROMPTS)]}
+            body = {"model": NAMES[0], "messages": [message], "max_tokens": TOKENS, "temperature": 0, "store": False}
+            asked = time.monotonic()
+            answer = self.tenant.send("POST", "/v1/chat/completions", json=body | {"ignore_eos": True})
+            self.whole.append((asked, answer.status_code, answer.text))
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        with ThreadPoolExecutor(STREAMS + 1) as pool:
+            clients = [pool.submit(self.stream, i) for i in range(STREAMS)] + [pool.submit(self.take_whole)]
+            try:
+                yield
+            finally:
+                self.over.set()
+            for client in clients:
+                client.result()
+
+
+def holding(server: VllmServer, n: int) -> int:
+    """How many adapters this server has in version n."""
+    return sum(name.endswith(f"-v{n}") for name in server.models())
+
+
+def wait_for(what: Callable[[], bool], seconds: float = 30.0) -> None:
+    until = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+def answered(server: VllmServer) -> float:
+    return server.metric("vllm:request_success_total")
+
+
+def test_one_of_two_servers_dies_under_load_and_comes_back_whole(
+    pair: tuple[VllmServer, VllmServer], tmp_path: Path
+) -> None:
+    dying, other = pair
+    with before(pair, tmp_path / "data") as (_, tenant):
+        for i, name in enumerate(NAMES):
+            tenant.create(name)
+            wait_live(tenant, name, tenant.upload(name, weights(80 + i)))
+        wait_for(lambda: all(holding(server, 1) == len(NAMES) for server in pair))
+        load, counts = Load(tenant), [answered(server) for server in pair]
+        with load.running():
+            wait_for(lambda: all(answered(s) > before + 2 for s, before in zip(pair, counts, strict=True)), 60)
+            mark = dying.config.log.stat().st_size
+            killed = time.monotonic()
+            dying.stop(force=True)
+            wait_live(tenant, NAMES[0], tenant.upload(NAMES[0], weights(90)))  # the other is enough
+            wait_for(lambda: sum(asked > killed for asked, _ in load.streamed) > 4 * STREAMS, 60)
+            dying.start()
+            dying.wait_healthy()
+            wait_for(lambda: answered(dying) > 4, 60)
+        check(load, killed)
+        assert holding(dying, 2) == holding(other, 2) == 1
+        loads_before_traffic(dying.config.log.read_bytes()[mark:].decode(errors="replace"), len(NAMES))
+        truth = {
+            (model, prompt): tenant.ask(model, prompt, TOKENS).token_ids
+            for model in ("a@v1", "a@v2", "b@v1")
+            for prompt in PROMPTS
+        }
+    whole = [answer for _, answer in load.streamed if not answer.error]
+    assert [a for a in whole if a.token_ids != truth[a.model, a.prompt]] == []
+
+
+def check(load: Load, killed: float) -> None:
+    """Only streams that were being answered by the dead server failed, and they say so."""
+    failed = [(asked, answer) for asked, answer in load.streamed if answer.error]
+    assert all(asked < killed for asked, _ in failed), failed
+    assert len(failed) <= STREAMS
+    for _, answer in failed:
+        assert answer.status == 200, "nothing had been sent: it should have been tried on the other"
+        assert "engine_unavailable" in answer.error
+    # Of a whole answer nothing is sent before its end: one that was lost is had from the other server.
+    assert [w for w in load.whole if w[1] != 200] == []
+    spans = [(start, end) for (start, *_), (end, *_) in zip(load.whole, load.whole[1:], strict=False)]
+    assert any(start < killed < end for start, end in spans), "one was under way at the kill"

@@ -1,0 +1,58 @@
+"""The plan of a job: from free memory to how much is computed at a time."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sdpo_core.options import Options
+from worker.memory import ModelShape
+from worker.plan import candidates, fitting, free_bytes, needed
+
+GIB = 2**30
+EIGHT_B = ModelShape(
+    hidden=4096, intermediate=12288, layers=36, heads=32, kv_heads=8, head_dim=128, vocabulary=151936, window=40960,
+    parameters=8_190_735_360, layer_matrices=6_945_767_424,
+)  # fmt: skip
+LENGTHS = [1024] * 8
+
+
+def plan(free: int, lengths: list[int] = LENGTHS) -> Options:
+    return fitting(Options(), EIGHT_B, lengths, rank=32, free=free, device="cuda", width=2)
+
+
+def bytes_of(options: Options, lengths: list[int] = LENGTHS) -> int:
+    tokens = max(min(options.micro_batch_tokens, sum(lengths)), *lengths)
+    return needed(EIGHT_B, tokens, 32, "cuda", 2, checkpointing=options.checkpointing)
+
+
+def test_plenty_of_memory_changes_nothing() -> None:
+    assert plan(500 * GIB) == Options()
+
+
+def test_less_memory_means_smaller_micro_batches_first_and_then_checkpointing() -> None:
+    plans = [plan(gib * GIB) for gib in (100, 60, 30, 20, 8)]
+    sizes = [(p.checkpointing, p.micro_batch_tokens) for p in plans]
+    assert [c for c, _ in sizes] == sorted(c for c, _ in sizes)
+    unchecked = [tokens for c, tokens in sizes if not c]
+    assert unchecked == sorted(unchecked, reverse=True)
+    assert len(set(unchecked)) > 1
+    assert plans[-1].checkpointing
+
+
+@given(gib=st.integers(6, 200), lengths=st.lists(st.integers(1, 4000), min_size=1, max_size=12))
+def test_what_is_planned_fits_or_is_the_least_there_is(gib: int, lengths: list[int]) -> None:
+    chosen = plan(gib * GIB, lengths)
+    assert bytes_of(chosen, lengths) <= gib * GIB or chosen == list(candidates(Options(), lengths))[-1]
+
+
+def test_no_memory_at_all_is_still_a_plan() -> None:
+    chosen = plan(0)
+    assert chosen.checkpointing
+    assert chosen.micro_batch_tokens >= 1
+
+
+def test_free_memory_of_this_machine() -> None:
+    free = free_bytes(torch.device("cpu"))
+    assert free is None or free > 0
