@@ -43,7 +43,8 @@ def make_vllm(tmp_path_factory: pytest.TempPathFactory) -> MakeServer:
 @pytest.fixture(scope="module")
 def vllm(make_vllm: MakeServer) -> Iterator[VllmServer]:
     """One server for each module: services that other modules left behind do not talk to it."""
-    with make_vllm(flags=("--enable-auto-tool-choice", "--tool-call-parser", "hermes")) as server:
+    flags = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--enable-log-requests")
+    with make_vllm(flags=flags) as server:
         yield server
 
 

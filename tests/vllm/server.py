@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -130,6 +130,28 @@ class VllmServer:
     def pids(self) -> list[int]:
         """The server's own process and its descendants that run now."""
         return [] if self._process is None else _group(self._process.pid)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """The engine stands still, and its API server goes on: what happens meanwhile takes no token's time."""
+        assert self._process is not None
+        engine = [pid for pid in self.pids() if pid != self._process.pid]
+        try:
+            for pid in engine:
+                os.kill(pid, signal.SIGSTOP)
+            yield
+        finally:
+            for pid in engine:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+
+    def log_from(self, mark: int) -> str:
+        """What it has logged behind the first `mark` bytes."""
+        return self.config.log.read_bytes()[mark:].decode(errors="replace")
+
+    def logged(self) -> int:
+        """Bytes so far: a mark for `log_from`."""
+        return self.config.log.stat().st_size
 
     def resident_bytes(self) -> int:
         """Resident memory of all its processes; pages that they share count once per process."""

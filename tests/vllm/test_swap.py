@@ -238,7 +238,7 @@ def test_an_engine_killed_under_load_comes_back_by_itself(vllm: VllmServer, serv
         running = [pool.submit(client, name) for name in [*names, "a"]]
         try:
             time.sleep(3.0)
-            mark = vllm.config.log.stat().st_size
+            mark = vllm.logged()
             killed = time.monotonic()
             vllm.stop(force=True)
             time.sleep(2.0)
@@ -262,7 +262,7 @@ def test_an_engine_killed_under_load_comes_back_by_itself(vllm: VllmServer, serv
     assert max(at for at, _ in refused) < ready + 5.0, "back within seconds of the engine's own start"
     after = [name for at, name, a in seen if at > ready + 5.0 and a.status_code == 200]
     assert set(after) == set(names)
-    loads_before_traffic(vllm.config.log.read_bytes()[mark:].decode(errors="replace"), len(names))
+    loads_before_traffic(vllm.log_from(mark), len(names))
 
 
 def ids_of(answer: httpx2.Response) -> list[int]:

@@ -118,7 +118,7 @@ def test_one_of_two_servers_dies_under_load_and_comes_back_whole(
         load, counts = Load(tenant), [answered(server) for server in pair]
         with load.running():
             wait_for(lambda: all(answered(s) > before + 2 for s, before in zip(pair, counts, strict=True)), 60)
-            mark = dying.config.log.stat().st_size
+            mark = dying.logged()
             killed = time.monotonic()
             dying.stop(force=True)
             wait_live(tenant, NAMES[0], tenant.upload(NAMES[0], weights(90)))  # the other is enough
@@ -128,7 +128,7 @@ def test_one_of_two_servers_dies_under_load_and_comes_back_whole(
             wait_for(lambda: answered(dying) > 4, 60)
         check(load, killed)
         assert holding(dying, 2) == holding(other, 2) == 1
-        loads_before_traffic(dying.config.log.read_bytes()[mark:].decode(errors="replace"), len(NAMES))
+        loads_before_traffic(dying.log_from(mark), len(NAMES))
         truth = {
             (model, prompt): tenant.ask(model, prompt, TOKENS).token_ids
             for model in ("a@v1", "a@v2", "b@v1")
