@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if here in item.path.parents:
             item.add_marker(pytest.mark.vllm)
             if item.get_closest_marker("timeout") is None:
-                item.add_marker(pytest.mark.timeout(600))  # the first one waits for the server: about a minute
+                item.add_marker(pytest.mark.timeout(900))  # the first one waits for the server: about a minute
 
 
 @pytest.fixture(scope="session")

@@ -76,12 +76,15 @@ class VllmServer:
         ]  # fmt: skip
 
     def _environment(self) -> dict[str, str]:
-        # An outer OMP_NUM_THREADS is dropped: vLLM binds its threads itself.
-        outer = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "PYTHONPATH", "PYTHONWARNINGS")}
+        outer = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONWARNINGS")}
         return {
             **outer,
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
             "VLLM_TARGET_DEVICE": "cpu",
+            # By itself vLLM binds its worker, imports and all, to the first core, and a second server's to the same one:
+            # beside one that computes it takes minutes to come up. One thread each, where there is room.
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": "1",
             "VLLM_CPU_KVCACHE_SPACE": str(self.config.kv_cache_gib),
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
@@ -100,7 +103,7 @@ class VllmServer:
                 start_new_session=True,  # one process group with its engine and workers, to be ended as one
             )
 
-    def wait_healthy(self, timeout: float = 280.0) -> None:
+    def wait_healthy(self, timeout: float = 420.0) -> None:
         """Until `/health` is 200. Raises VllmFailed."""
         until = time.monotonic() + timeout
         while time.monotonic() < until:

@@ -25,7 +25,7 @@ from tests.vllm.server import VllmServer
 from tests.vllm.tenant import Answer, Tenant, arrays, config, long_prompt, weights
 from tests.vllm.test_swap import ours, wait_live, write_figures
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 Serve = Callable[..., tuple[LocalStack, Tenant]]
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import httpx2
 import openai
 import pytest
 
@@ -18,7 +17,7 @@ from tests.vllm.asked import CHATS, PLACES, STRICT_TOOLS, TALK, TEXTS, TOOLS, UN
 from tests.vllm.front import Front
 from tests.vllm.server import VllmServer
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
