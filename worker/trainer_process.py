@@ -14,7 +14,7 @@ import socket
 import sys
 from asyncio.subprocess import DEVNULL, Process
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from api_schemas.worker import Lease
 from worker.errors import TrainerDiedError, TrainerUnavailableError
@@ -33,12 +33,14 @@ class _Run:
     outcome: asyncio.Future[Outcome]
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Running:
     process: Process
     writer: asyncio.StreamWriter
     ready: asyncio.Future[Ready]
-    listening: asyncio.Task[None]
+    listening: asyncio.Task[None] = field(init=False)
+    unwanted: bool = False
+    """We end it ourselves: that it dies says nothing about the machine."""
 
 
 class TrainerProcess:
@@ -93,6 +95,7 @@ class TrainerProcess:
         child, self._child = self._child, None
         if child is not None:
             if child.process.returncode is None:
+                child.unwanted = True
                 child.process.kill()
             await child.listening
         self._forget_run()
@@ -115,9 +118,10 @@ class TrainerProcess:
             )
         reader, writer = await asyncio.open_unix_connection(sock=ours)
         ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
-        listening = asyncio.create_task(self._listen(process, reader, writer, ready))
+        child = _Running(process, writer, ready)
+        child.listening = asyncio.create_task(self._listen(child, reader))
         log.info("training process started pid=%d", process.pid)
-        return _Running(process, writer, ready, listening)
+        return child
 
     def _argv(self, channel: int) -> list[str]:
         s = self._settings
@@ -142,9 +146,8 @@ class TrainerProcess:
         except ConnectionError:
             pass  # it died: `_listen` says so where somebody waits
 
-    async def _listen(
-        self, process: Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, ready: asyncio.Future[Ready]
-    ) -> None:
+    async def _listen(self, child: _Running, reader: asyncio.StreamReader) -> None:
+        process, ready = child.process, child.ready
         try:
             while (event := await read_event(reader)) is not None:
                 if isinstance(event, Ready):
@@ -153,9 +156,10 @@ class TrainerProcess:
                     self._deliver(event)
         except ValueError as error:
             log.error("the training process does not speak the protocol: %s", type(error).__name__)
+            child.unwanted = True
             process.kill()
-        writer.close()
-        died = TrainerDiedError(_epitaph(await process.wait()))
+        child.writer.close()
+        died = TrainerDiedError(_epitaph(await process.wait(), child.unwanted))
         log.info("training process gone pid=%d: %s", process.pid, died)
         if not ready.done():
             ready.set_exception(died)
@@ -179,7 +183,9 @@ def _environment(environment: Mapping[str, str]) -> dict[str, str]:
     return kept | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 
 
-def _epitaph(returncode: int) -> str:
+def _epitaph(returncode: int, unwanted: bool) -> str:
+    if unwanted:
+        return "the worker has ended its training process"
     if returncode < 0:
         name = signal.Signals(-returncode).name
         hint = ", often the kernel's answer to running out of memory" if -returncode == signal.SIGKILL else ""

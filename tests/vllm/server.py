@@ -81,7 +81,7 @@ class VllmServer:
             **outer,
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
             "VLLM_TARGET_DEVICE": "cpu",
-            # By itself vLLM binds its worker, imports and all, to the first core, and a second server's to the same one:
+            # By itself vLLM binds its worker, imports and all, to the first core, and a second server's too:
             # beside one that computes it takes minutes to come up. One thread each, where there is room.
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "OMP_NUM_THREADS": "1",

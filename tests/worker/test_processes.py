@@ -37,6 +37,8 @@ def test_an_idle_worker_stops_at_once(service: Any, another_worker: Any) -> None
     service.wait_for_state(service.enqueue("adp_idle"), "succeeded")
     assert worker.stop(signal.SIGINT) == 0
     assert "released" not in worker.log
+    assert "the worker has ended its training process" in worker.log
+    assert "SIGKILL" not in worker.log, "nothing went wrong: nobody need look for memory"
 
 
 def test_a_killed_supervisor_takes_its_trainer_along_and_the_job_is_done_once(
