@@ -116,7 +116,7 @@ class Gateway:
         return 0 < len(call.tried) < TRIES and bool(self._context.serving.others(call.target.served, call.tried))
 
     async def _call(self, tenant_id: str, ask: Ask) -> _Call:
-        target = await anyio.to_thread.run_sync(resolve_target, self._context, tenant_id, ask.model)
+        target = await resolve_target(self._context, tenant_id, ask.model)
         return _Call(tenant_id, target, ask)
 
     def _head(self, call: _Call) -> Json:

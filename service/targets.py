@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import anyio
+
 from service.context import Context
+from service.db.glance import NotNow
 from service.errors import NotFound
 from service.serving.names import served_name
 from service.store import versions
@@ -30,7 +33,7 @@ class Target:
         return served_name(self.adapter_id, self.n) if self.adapter_id is not None and self.n else self.base_model
 
 
-def resolve_target(context: Context, tenant_id: str, model: str) -> Target:
+async def resolve_target(context: Context, tenant_id: str, model: str) -> Target:
     """`name`, `name@v7` or the base model. Raises NotFound, Gone, Unprocessable for a rejected version."""
     if model == context.base_model:
         return Target(None, None, 0, context.base_model)
@@ -39,8 +42,16 @@ def resolve_target(context: Context, tenant_id: str, model: str) -> Target:
         raise NotFound(
             f"'{model[:80]}' is not a model: versions are written name@v7.", code="model_not_found", param="model"
         )
-    with context.database.read() as s:
-        found = versions.find_served(s, tenant_id, name, int(version) if at else None)
+    wanted = tenant_id, name, int(version) if at else None
+    try:
+        found = versions.glance_served(context.database.glance, *wanted)
+    except NotNow:
+        found = await anyio.to_thread.run_sync(_read, context, *wanted)
     if found is None:
         raise NotFound(f"There is no model '{model[:80]}'.", code="model_not_found", param="model")
     return Target(found.adapter_id, name, found.n, found.base_model)
+
+
+def _read(context: Context, tenant_id: str, name: str, n: int | None) -> versions.Found | None:
+    with context.database.read() as s:
+        return versions.find_served(s, tenant_id, name, n)

@@ -31,6 +31,7 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, Session
 from sqlalchemy.sql.functions import GenericFunction
 
+from service.db.glance import Glance
 from service.errors import Unavailable
 
 try:
@@ -90,6 +91,8 @@ class Database:
             self.engine = _sqlite_engine(url, busy_seconds, sqlite_driver)
         else:
             self.engine = create_engine(url, pool_pre_ping=True, pool_timeout=busy_seconds, hide_parameters=True)
+        self.glance = Glance(self.engine.url.database if is_sqlite else None, sqlite_driver)
+        """For what every request waits for."""
         self._closed = False
         event.listen(self.engine, "checkin", self._returned)
         # SQLite admits one writer: queue here, in order, instead of polling in its busy handler.
@@ -125,6 +128,7 @@ class Database:
     def close(self) -> None:
         """Close every connection; one that a thread still uses, once it is given back."""
         self._closed = True
+        self.glance.close()
         self.engine.dispose()
 
     def _returned(self, _connection: Any, record: Any) -> None:

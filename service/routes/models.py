@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import anyio.to_thread
+
 from api_schemas.base import ModelName
 from service.auth import ChatTenant, Ctx, guarded
 from service.context import Context
@@ -23,13 +25,17 @@ def list_models(context: Ctx, tenant: ChatTenant) -> dict[str, Any]:
 
 
 @router.get("/v1/models/{model:path}")
-def get_model(model: ModelName, context: Ctx, tenant: ChatTenant) -> dict[str, Any]:
+async def get_model(model: ModelName, context: Ctx, tenant: ChatTenant) -> dict[str, Any]:
     """One model by the name that a chat would use."""
-    target = resolve_target(context, tenant, model)
+    target = await resolve_target(context, tenant, model)
     if target.adapter is None:
         return _base_model(context)
+    return await anyio.to_thread.run_sync(_named, context, tenant, target.adapter) | {"id": model}
+
+
+def _named(context: Context, tenant: str, name: str) -> dict[str, Any]:
     with context.database.read() as s:
-        return _model(adapters.by_name(s, tenant, target.adapter)) | {"id": model}
+        return _model(adapters.by_name(s, tenant, name))
 
 
 def _base_model(context: Context) -> dict[str, Any]:

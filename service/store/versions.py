@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from types import SimpleNamespace
+from typing import Any, Protocol
 
 from sqlalchemy import ColumnElement, Integer, Select, bindparam, select
 from sqlalchemy.orm import Session
@@ -11,6 +12,7 @@ from sqlalchemy.orm import Session
 import api_schemas.adapters as wire
 from api_schemas.jobs import StepMetrics
 from service.db.engine import clock
+from service.db.glance import Glance, plain
 from service.db.tables import Adapter, Application, Job, Version
 from service.errors import Gone, NotFound, Unprocessable
 from service.store import events, feedback, transitions
@@ -85,6 +87,7 @@ def _served(n: ColumnElement[int]) -> Select[str, str, int, int, str, str | None
 
 # Built once: putting a query together takes longer than running it.
 _LIVE, _EXACTLY = _served(Adapter.live_n.expression), _served(bindparam("n", type_=Integer))
+_LIVE_SQL, _EXACTLY_SQL = plain(_LIVE), plain(_EXACTLY)
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,17 @@ def find_served(s: Session, tenant_id: str, name: str, n: int | None) -> Found |
     this: one query of a few columns.
     """
     query = _LIVE if n is None else _EXACTLY
-    row = s.execute(query, {"tenant": tenant_id, "name": name, "n": n}).one_or_none()
+    return _found(name, s.execute(query, {"tenant": tenant_id, "name": name, "n": n}).one_or_none())
+
+
+def glance_served(glance: Glance, tenant_id: str, name: str, n: int | None) -> Found | None:
+    """As `find_served`, on the event loop. Raises NotNow."""
+    rows = glance.rows(_LIVE_SQL if n is None else _EXACTLY_SQL, {"tenant": tenant_id, "name": name, "n": n})
+    return _found(name, SimpleNamespace(**rows[0]) if rows else None)
+
+
+def _found(name: str, row: Any) -> Found | None:
+    """What the row of `_served` says. Raises as `find_served`."""
     if row is None:
         return None
     if row.n and row.found is None:

@@ -184,9 +184,9 @@ def test_conversations_stay_on_their_replica(several: Callable[..., Several]) ->
     it = several(3)
     it.stack.learn("one")
     it.stack.converge()
-    for turn in range(4):
+    for turn in range(3):
         before = it.fleet.chats()
-        for conversation in range(9):
+        for conversation in range(40):
             messages = [{"role": "user", "content": f"conversation {conversation}"}]
             for past in range(turn):
                 messages += [{"role": "assistant", "content": f"a{past}"}, {"role": "user", "content": f"q{past}"}]
@@ -195,7 +195,7 @@ def test_conversations_stay_on_their_replica(several: Callable[..., Several]) ->
         if turn == 0:
             first = given
         assert given == first
-        assert all(given), "nine conversations are spread over three replicas"
+        assert all(given), "forty conversations are spread over three replicas (one is left out once in four million)"
 
 
 def test_a_busy_replica_is_passed_over(several: Callable[..., Several]) -> None:
