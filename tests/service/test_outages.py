@@ -51,14 +51,14 @@ def wire(server: Any) -> Iterator[Wire]:
 
 
 @pytest.fixture
-def postgres(server: Any, wire: Wire, make_stack: MakeStack, tmp_path: Path) -> Iterator[Stack]:
+def postgres(server: Any, wire: Wire, make_stack: MakeStack, tmp_path: Path) -> Stack:
     """A service whose PostgreSQL is behind the wire, with alice's adapter `helper`."""
     name = f"t{abs(hash(tmp_path))}"
     admin(server, f"CREATE DATABASE {name} TEMPLATE template")
     url = f"postgresql+psycopg://postgres@127.0.0.1:{wire.port}/{name}?sslmode=disable&gssencmode=disable"
     stack = make_stack(database_url=url)
     stack.alice.create()
-    yield stack
+    return stack
 
 
 def crash(server: Any) -> None:
