@@ -78,8 +78,8 @@ MUTANTS = (
            "    staging.parent.mkdir(parents=True, exist_ok=True)\n    sync(staging.parent.parent)",
            "    if not staging.parent.is_dir():\n        staging.parent.mkdir(parents=True, exist_ok=True)\n"
            "        sync(staging.parent.parent)", "test_power.py"),
-    Mutant("the secret's name not synced", "service/store/keys.py", "        sync(directory)  # also", "        pass  # also",
-           "test_auth.py"),
+    Mutant("the secret's name not synced", "service/store/keys.py", "        sync(directory)  # also",
+           "        pass  # also", "test_auth.py"),
     Mutant("a webhook recorded before it is sent", "service/webhooks/sender.py",
            "            result = await self._attempt(client, each)\n",
            "            await self._write(lambda s: deliveries.record(s, each, Result(200), self._backoff))\n"

@@ -61,6 +61,14 @@ def test_a_worker_of_another_base_gets_nothing(helper: Stack) -> None:
     assert helper.worker.lease(base="other/base") is None
 
 
+def test_a_lease_ends_when_it_says(helper: Stack) -> None:
+    helper.alice.feedback()
+    before = helper.now()
+    seconds = helper.worker.must_lease().lease_seconds
+    until = helper.rows("SELECT lease_until FROM adapters")[0]["lease_until"]
+    assert before + seconds <= until <= helper.now() + seconds
+
+
 def test_a_heartbeat_extends_the_lease_and_reports(helper: Stack) -> None:
     sent = helper.alice.feedback()
     lease = helper.worker.must_lease()
