@@ -26,8 +26,8 @@ OURS = ("api_schemas", "demo", "sdpo_core", "service", "tests", "worker")
 
 @dataclass(frozen=True)
 class Mutant:
-    """One defect: in `file`, the only `old` becomes `new`. `first` are the tests to run before all others: files of
-    tests/*/, with `::name` for one test."""
+    """One defect: in `file`, the only `old` becomes `new`. `first` are the tests to run before all others, slow ones
+    too: files of tests/*/, with `::name` for one test."""
 
     name: str
     file: str
@@ -72,15 +72,15 @@ def copy_tree(plot: Plot, target: Path) -> None:
         (target / name).symlink_to(ROOT / name)
 
 
-def run_tests(tree: Path, paths: Sequence[str]) -> str | None:
-    """The first failing test, or None when all pass.
+def run_tests(tree: Path, paths: Sequence[str], *, slow: bool = False) -> str | None:
+    """The first failing test, or None when all pass. `slow`: those that are marked so as well.
 
     In a fork of this process, which has imported the heavy libraries: seconds saved per defect.
     """
     log = tree / "pytest.log"
     child = os.fork()
     if child == 0:
-        _pytest(tree, paths, log)
+        _pytest(tree, paths, log, "slow or not slow" if slow else "not slow")
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if code == 0:
         return None
@@ -91,7 +91,7 @@ def run_tests(tree: Path, paths: Sequence[str]) -> str | None:
     return failed[0].removeprefix("tests/")
 
 
-def _pytest(tree: Path, paths: Sequence[str], log: Path) -> None:
+def _pytest(tree: Path, paths: Sequence[str], log: Path, marked: str) -> None:
     """Become pytest in `tree`. Never returns."""
     code = 70
     try:
@@ -105,7 +105,7 @@ def _pytest(tree: Path, paths: Sequence[str], log: Path) -> None:
             del sys.modules[name]  # what has no defect must not be found in its place
         flags = ["-x", "-q", "--no-header", "--tb=no", "-p", "no:cacheprovider", "--hypothesis-seed=0"]
         flags += ["-W", "ignore::pytest.PytestAssertRewriteWarning", "-m"]  # anyio came in with the heavy libraries
-        code = int(pytest.main([*flags, "not slow", *paths]))
+        code = int(pytest.main([*flags, marked, *paths]))
     except BaseException:
         traceback.print_exc()
     finally:
@@ -120,7 +120,7 @@ def hunt(plot: Plot, mutant: Mutant, tree: Path) -> str | None:
     before = plant(mutant, package)
     try:
         likely = [path for name in mutant.first.split() for path in _named(name, tree)]
-        return (run_tests(tree, likely) if likely else None) or run_tests(tree, plot.tests)
+        return (run_tests(tree, likely, slow=True) if likely else None) or run_tests(tree, plot.tests)
     finally:
         (package / mutant.file).write_text(before)
 

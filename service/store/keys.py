@@ -9,7 +9,7 @@ import os
 import re
 import secrets
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,24 +48,33 @@ class Principal:
     scopes: frozenset[str]
 
 
-def server_secret(path: Path) -> bytes:
-    """The pepper of the key digests: 32 bytes, made at first use, readable by the owner alone."""
+def server_secret(path: Path, sync: Callable[[int], None] = os.fsync) -> bytes:
+    """The pepper of the key digests: 32 bytes, made at first use, readable by the owner alone.
+
+    On disk before any key is made with it: without it no key is good any more. `sync` makes an open file or directory
+    durable.
+    """
     if not path.exists():
-        _make_secret(path)
+        _make_secret(path, sync)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        sync(directory)  # also when it was there: who made it may have been killed before this line
+    finally:
+        os.close(directory)
     secret = bytes.fromhex(path.read_text().strip())
     if len(secret) != 32:
         raise ValueError(f"{path} does not hold a secret of 32 bytes")
     return secret
 
 
-def _make_secret(path: Path) -> None:
+def _make_secret(path: Path, sync: Callable[[int], None]) -> None:
     """Written aside, then linked: nobody reads half a secret, and of two makers at once one wins."""
     aside = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
     descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w") as file:
         file.write(secrets.token_hex(32))
         file.flush()
-        os.fsync(file.fileno())
+        sync(file.fileno())
     with suppress(FileExistsError):
         os.link(aside, path)
     aside.unlink()

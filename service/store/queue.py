@@ -83,8 +83,9 @@ def _row(adapter: Adapter, batch_id: str, now: float, *, kind: JobKind, priority
 def pick(s: Session, base_model: str, now: float, rules: Rules) -> Adapter | None:
     """The adapter whose turn it is, locked; None when no job of this base may run now.
 
-    An adapter whose row another transaction holds is passed over for a free one; if there is none, wait for the row: it
-    may be the publisher's, for a moment. (SQLite has one writer and locks no rows.)
+    An adapter whose row another transaction holds (the publisher's, or feedback that comes in) is passed over for a
+    free one and keeps its place in the line; if there is none, wait for the row. So claims never queue behind one
+    another, and the order is exact but for such moments. (SQLite has one writer and locks no rows.)
     """
     query = _next(base_model, now, rules).execution_options(populate_existing=True)
     return (

@@ -17,8 +17,11 @@ NEVER = {
         WHERE j.state = 'succeeded' AND (a.version_n IS NULL OR a.version_n <> j.version_n)""",
     "versions out of the order of their feedback": """
         SELECT a.job_id, b.job_id FROM applications a JOIN jobs i ON i.id = a.job_id
+        JOIN versions v ON v.adapter_id = a.adapter_id AND v.n = a.version_n
         JOIN applications b ON b.adapter_id = a.adapter_id JOIN jobs j ON j.id = b.job_id
-        WHERE i.seq < j.seq AND a.version_n > b.version_n""",
+        JOIN versions w ON w.adapter_id = b.adapter_id AND w.n = b.version_n
+        WHERE i.seq < j.seq AND a.version_n > b.version_n
+        AND v.status <> 'rejected' AND w.status <> 'rejected'""",  # what a rejected one had learnt was undone
     "versions out of the order of their fencing tokens": """
         SELECT v.adapter_id, v.n, w.n FROM versions v JOIN runs r ON r.id = v.run_id
         JOIN versions w ON w.adapter_id = v.adapter_id JOIN runs t ON t.id = w.run_id

@@ -78,6 +78,12 @@ MUTANTS = (
            "    staging.parent.mkdir(parents=True, exist_ok=True)\n    sync(staging.parent.parent)",
            "    if not staging.parent.is_dir():\n        staging.parent.mkdir(parents=True, exist_ok=True)\n"
            "        sync(staging.parent.parent)", "test_power.py"),
+    Mutant("the secret's name not synced", "service/store/keys.py", "        sync(directory)  # also",
+           "        pass  # also", "test_auth.py"),
+    Mutant("a webhook recorded before it is sent", "service/webhooks/sender.py",
+           "            result = await self._attempt(client, each)\n",
+           "            await self._write(lambda s: deliveries.record(s, each, Result(200), self._backoff))\n"
+           "            result = await self._attempt(client, each)\n", "test_webhook_kill.py"),
     Mutant("a version overwritten", "worker/versions.py",
            "        if version_digest(scan(final)) != version_digest(files):", "        if False:", "test_versions.py"),
     Mutant("leftovers of a newer run removed", "worker/versions.py", "if found and int(found[1]) <= token:",
@@ -108,7 +114,8 @@ PLOT = Plot(
     tests=(
         "tests/durability", "tests/worker/test_versions.py",
         *(f"tests/service/test_{name}.py" for name in (
-            "fencing", "leases", "queue", "idempotency", "publisher", "publisher_races", "versions", "two_services",
+            "auth", "fencing", "leases", "queue", "idempotency", "publisher", "publisher_races", "versions",
+            "two_services", "webhook_kill",
         )),
     ),
 )  # fmt: skip

@@ -26,8 +26,10 @@ PATIENT = {
     "retry_backoff": 0.0,
     "coalesce_items": 1,
     "publisher_lease_seconds": 3600.0,
+    "lease_seconds": 3600.0,
 }
-"""The publisher passes when rung or told to, never by the clock; each batch is trained alone unless a test says so."""
+"""The publisher passes when rung or told to, and leases end when a test says so, never by the clock; each batch is
+trained alone unless a test says so."""
 
 
 @pytest.fixture(scope="session")

@@ -272,6 +272,19 @@ def test_the_servers_secret_is_made_once_and_whole(tmp_path: Path) -> None:
         server_secret(path)
 
 
+def test_the_servers_secret_is_on_disk_before_it_is_used(tmp_path: Path) -> None:
+    """Its bytes before it has its name, its name before anybody gets it; the name also where another made it."""
+    path, synced = tmp_path / "server.secret", []
+
+    def sync(descriptor: int) -> None:
+        target = Path(f"/proc/self/fd/{descriptor}").resolve()
+        synced.append(("names" if target == tmp_path else f"{target.stat().st_size} bytes", path.exists()))
+
+    for _ in range(2):
+        server_secret(path, sync)
+    assert synced == [("64 bytes", False), ("names", True), ("names", True)]
+
+
 def test_keys_of_another_server_do_not_open(make_stack: Callable[..., Stack]) -> None:
     stack = make_stack()
     key = stack.alice.key

@@ -118,3 +118,14 @@ def test_a_promotion_fences_the_run_and_its_job_is_trained_from_there(helper: St
     assert again.standing_feedback == ["one"]
     assert helper.worker.train(again) == 3
     assert helper.alice.ok("GET", "/v1/adapters/helper/versions/3")["parent"] == 1
+
+
+def test_a_version_of_another_head_than_the_runs_is_refused(helper: Stack) -> None:
+    """Whatever moves the head fences the run as well; were there a way that does not, the commit still looks."""
+    helper.learn("one")
+    helper.alice.feedback("two")
+    lease = helper.worker.must_lease()
+    helper.sql("UPDATE adapters SET head_n = 0")
+    before = state(helper)
+    assert call(helper.worker, lease, "commit") == 409
+    assert state(helper) == before

@@ -61,16 +61,26 @@ def test_a_worker_of_another_base_gets_nothing(helper: Stack) -> None:
     assert helper.worker.lease(base="other/base") is None
 
 
+def test_a_lease_ends_when_it_says(helper: Stack) -> None:
+    helper.alice.feedback()
+    before = helper.now()
+    seconds = helper.worker.must_lease().lease_seconds
+    until = helper.rows("SELECT lease_until FROM adapters")[0]["lease_until"]
+    assert before + seconds <= until <= helper.now() + seconds
+
+
 def test_a_heartbeat_extends_the_lease_and_reports(helper: Stack) -> None:
     sent = helper.alice.feedback()
     lease = helper.worker.must_lease()
     helper.sql("UPDATE adapters SET lease_until = 1.0")
     beat = {"progress": {"phase": "training", "step": 1, "steps": 4}, "metrics": [{"step": 1, "loss": 0.7}]}
+    seconds = helper.context.settings.lease_seconds
     for _ in range(2):
+        before = helper.now()
         answer = helper.worker.call(lease, "heartbeat", **beat)
-        assert answer.json()["lease_seconds"] == helper.context.settings.lease_seconds
-    left = helper.rows("SELECT lease_until FROM adapters")[0]["lease_until"] - helper.now()
-    assert 25 < left <= 30
+        assert answer.json()["lease_seconds"] == seconds
+        until = helper.rows("SELECT lease_until FROM adapters")[0]["lease_until"]
+        assert before + seconds <= until <= helper.now() + seconds
     job = helper.alice.job(sent["job_id"])
     assert job["progress"] == {"phase": "training", "step": 1, "steps": 4}
     assert [m["step"] for m in job["metrics"]] == [1]
@@ -80,16 +90,18 @@ def test_a_heartbeat_extends_the_lease_and_reports(helper: Stack) -> None:
 
 
 def test_a_failure_is_tried_again_after_a_pause_then_final(make_stack: Callable[..., Stack]) -> None:
-    stack = make_stack(retry_backoff=60.0, max_attempts=3)
+    stack = make_stack(retry_backoff=600.0, max_attempts=3)
     stack.alice.create()
     first, second = stack.alice.feedback("bad"), stack.alice.feedback("good")
-    for attempt, pause in ((1, 60), (2, 120)):
+    for attempt, pause in ((1, 600), (2, 1200)):
+        before = stack.now()
         assert stack.worker.fail(stack.worker.must_lease()).status_code == 204
+        after = stack.now()
         job = stack.alice.job(first["job_id"])
         assert (job["status"], job["attempts"], job["error"]["code"]) == ("queued", attempt, "out_of_memory")
+        run_after = stack.rows("SELECT run_after FROM adapters")[0]["run_after"]
+        assert before + pause / 2 <= run_after <= after + pause, "with jitter"
         assert stack.worker.lease() is None, "the pause holds the adapter"
-        left = stack.rows("SELECT run_after FROM adapters")[0]["run_after"] - stack.now()
-        assert pause / 2 - 5 < left <= pause, "with jitter"
         stack.sql("UPDATE adapters SET run_after = 0")
     assert stack.worker.fail(stack.worker.must_lease()).status_code == 204
     job = stack.alice.job(first["job_id"])
@@ -156,7 +168,7 @@ def test_a_waiting_worker_hears_of_new_work(helper: Stack) -> None:
     waiting = threading.Thread(target=lambda: leases.append(helper.worker.lease(wait_seconds=20)))
     waiting.start()
     helper.alice.feedback("now")
-    waiting.join(timeout=15)
+    waiting.join(timeout=60)
     assert not waiting.is_alive()
     assert leases[0] is not None
     assert leases[0].items[0].feedback == "now"

@@ -17,7 +17,7 @@ from benchmarks.databases import admin, postgresql_server, url_of
 from service.db import migrate
 from service.db.engine import Database, clock
 from service.db.tables import Job
-from service.store import jobs
+from service.store import adapters, jobs
 from tests.service.harness import Stack
 from tests.service.test_idempotency import *
 from tests.service.test_ingest import *
@@ -74,6 +74,17 @@ def test_connections_that_the_server_ended_are_replaced(stack: Stack, server: An
     ended = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname LIKE 't%' AND state = 'idle'"
     assert admin(server, ended) > 0
     assert stack.alice.adapter()["name"] == "helper"
+
+
+def test_an_adapter_whose_row_is_held_for_a_moment_is_passed_over_and_keeps_its_place(stack: Stack) -> None:
+    for name in ("first", "second", "third"):
+        stack.alice.create(name)
+        stack.alice.feedback(adapter=name)
+    with stack.context.database.write() as s:  # as the publisher does, or feedback that comes in
+        s.execute(text("SET LOCAL idle_in_transaction_session_timeout = '30s'"))  # a claim that waits for us ends
+        adapters.locked(s, stack.alice.adapter("first")["id"])
+        assert stack.worker.must_lease().adapter == "second"
+    assert stack.worker.must_lease().adapter == "first"
 
 
 def test_a_claim_that_waited_for_a_cancellation_does_not_bring_the_job_back(stack: Stack) -> None:

@@ -96,8 +96,8 @@ class Matrix:
                     seconds,
                     "" if struck else ", never",
                 )
-                outcome.runs.append(Run(self._name, plan, struck, seconds))
-            outcome.faults = verdict.faults(self._database, self._root, self._sent)
+                before, outcome.faults = outcome.faults, verdict.faults(self._database, self._root, self._sent)
+                outcome.runs.append(Run(self._name, plan, struck, seconds, outcome.faults - before))
             outcome.faults["unserved"] = self._unserved(client)
         with self._database.read() as s:
             outcome.versions = verdict.rows(s, "SELECT count(*) AS n FROM versions")[0]["n"]
@@ -115,11 +115,16 @@ class Matrix:
             arguments = (self._root, known, lambda: self._trainers(signal.SIGSTOP), until)
             on_disk = threading.Thread(target=self._watch.look_at_disk, args=arguments)
             on_disk.start()
-        for name in self._chance.sample(range(ADAPTERS), self._chance.randint(1, 2)):
-            self._send(f"a{name}")
+        names = [f"a{n}" for n in self._chance.sample(range(ADAPTERS), self._chance.randint(1, 2))]
+        for name in names:
+            self._send(name)
         while time.monotonic() < until and not (trap.sprung.is_set() and self._settled()):
             self._stack.revive()
             time.sleep(0.1)
+            if (
+                not trap.sprung.is_set() and self._settled()
+            ):  # it trained between two heartbeats: the point was not seen
+                self._send(names[0])
         for timer in self._timers:
             timer.join()
         self._timers.clear()

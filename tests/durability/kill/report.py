@@ -20,6 +20,8 @@ class Run:
     """Whether the point came by while the trap was set."""
     seconds: float
     """From sending to all served."""
+    faults: Counter[str]
+    """What is wrong after it and was not before."""
 
 
 @dataclass
@@ -35,10 +37,12 @@ def summary(outcomes: Sequence[Outcome], seed: int) -> dict[str, Any]:
     faults = sum((o.faults for o in outcomes), Counter[str]())
     struck = [run for run in runs if run.struck]
     serious = {name: faults[name] for name in SERIOUS}
-    by_point: dict[str, dict[str, Any]] = {}
+    cells: dict[tuple[str, str], list[Run]] = {}
     for run in struck:
-        cell = by_point.setdefault(run.plan.point, {}).setdefault(run.database, Counter())
-        cell[f"{run.plan.action.name} {run.plan.victim}"] += 1
+        cells.setdefault((run.plan.point, run.database), []).append(run)
+    by_point: dict[str, dict[str, Any]] = {}
+    for (point, database), its in sorted(cells.items()):
+        by_point.setdefault(point, {})[database] = _cell(its)
     return {
         "good": not any(serious.values()) and len(struck) == len(runs),
         "runs": len(struck), "without_fault": len(runs) - len(struck), "seed": seed, **serious,
@@ -49,3 +53,10 @@ def summary(outcomes: Sequence[Outcome], seed: int) -> dict[str, Any]:
         "by_point": by_point,
         "rules_broken": [name for name in faults if name.startswith("rule: ")][:10],
     }  # fmt: skip
+
+
+def _cell(runs: Sequence[Run]) -> dict[str, Any]:
+    """One kill point on one database."""
+    faults = sum((run.faults for run in runs), Counter[str]())
+    struck = Counter(f"{run.plan.action.name} {run.plan.victim}" for run in runs)
+    return {"runs": len(runs), **{name: faults[name] for name in SERIOUS[:3]}, "struck": dict(sorted(struck.items()))}
