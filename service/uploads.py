@@ -231,12 +231,8 @@ def _sync(path: Path) -> None:
 def clear_stale(root: Path, older_than: float = STALE_SECONDS) -> None:
     """Remove uploads that were not committed in time, and what a killed commit left."""
     before = time.time() - older_than
-    for path in (
-        *root.glob("adp_*/.uploads/*"),
-        *root.glob("adp_*/.uploads/.part-*"),
-        *root.glob("adp_*/.upload-*"),
-        *root.glob("incoming/.part-*"),
-    ):
+    left = ("adp_*/.uploads/*", "adp_*/.uploads/.part-*", "adp_*/.upload-*", "incoming/.part-*")
+    for path in (found for pattern in left for found in root.glob(pattern)):
         try:
             if path.stat().st_mtime < before:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

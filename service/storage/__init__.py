@@ -1,1 +1,1 @@
-"""Where versions' files are kept: a directory that workers and engines share, or object storage with copies on each host."""
+"""Where versions are kept: a directory that workers and engines share, or object storage with copies on each host."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -72,9 +72,13 @@ class Bucket:
 
     def pieces(self, key: str, size: int) -> Iterator[bytes]:
         """Its first `size` bytes, or all if it has fewer."""
+        if not size:
+            return
         with _ours():
-            size = min(size, int(obstore.head(self._store, key)["size"]))
-            for start in range(0, size, PIECE):
+            first = obstore.get(self._store, key, options={"range": (0, min(size, PIECE))})
+            size = min(size, int(first.meta["size"]))
+            yield bytes(first.bytes())
+            for start in range(PIECE, size, PIECE):
                 yield bytes(obstore.get_range(self._store, key, start=start, end=min(size, start + PIECE)))
 
     def has(self, key: str) -> bool:
@@ -85,13 +89,13 @@ class Bucket:
                 return False
         return True
 
-    def delete(self, keys: list[str]) -> None:
+    def delete(self, keys: Iterable[str]) -> None:
         """Absent ones are fine."""
         with _ours():
             for key in keys:  # one by one: not every S3 of others knows how to delete many
                 obstore.delete(self._store, key)
 
-    def list(self, prefix: str) -> dict[str, float]:
+    def written(self, prefix: str) -> dict[str, float]:
         """Every key below -> when it was written, Unix seconds."""
         with _ours():
             pages = obstore.list(self._store, prefix)

@@ -170,7 +170,7 @@ class ObjectStorage:
         return f"{self._bucket.url}/{adapter_id}/{name}"
 
     def touched(self, adapter_id: str, name: str) -> float:
-        return max(self._bucket.list(f"{adapter_id}/{name}").values(), default=time.time())
+        return max(self._bucket.written(f"{adapter_id}/{name}").values(), default=time.time())
 
     def hide(self, adapter_id: str, name: str) -> str:
         self._bucket.delete([f"{adapter_id}/{name}/{MANIFEST}"])
@@ -178,12 +178,12 @@ class ObjectStorage:
 
     def clear(self, adapter_id: str, name: str) -> bool:
         """The manifest first: what is left then is no version."""
-        keys = sorted(self._bucket.list(f"{adapter_id}/{name}"), key=lambda key: not key.endswith(MANIFEST))
+        keys = sorted(self._bucket.written(f"{adapter_id}/{name}"), key=lambda key: not key.endswith(MANIFEST))
         self._bucket.delete(keys)
         return True
 
     def purge(self, adapter_id: str) -> None:
-        self._bucket.delete(list(self._bucket.list(adapter_id)))
+        self._bucket.delete(self._bucket.written(adapter_id))
         shutil.rmtree(self._root / adapter_id, ignore_errors=True)
 
     def tidy(self, keep: Collection[str]) -> None:
