@@ -112,19 +112,24 @@ class Attempt:
             log.error("run %s: the service does not take the report: %s", self._lease.run_id, error)
 
     async def _train(self) -> Outcome:
+        if self._lease.files == "http" and (failed := await self._fetch_parent()) is not None:
+            return failed
+        try:
+            return await self._trainer.train(self._lease, self._hear)
+        except TrainerDiedError as error:
+            return Failed(run_id=self._lease.run_id, code="trainer_died", message=str(error), retryable=True)
+
+    async def _fetch_parent(self) -> Failed | None:
         lease, root = self._lease, self._settings.adapters_root
         try:
-            if lease.files == "http":
-                await asyncio.to_thread(transfer.begin, root, lease, self._settings.cache_bytes)
-                await self._until_answered(partial(transfer.fetch_parent, self._client, lease, root, self._alive))
-            return await self._trainer.train(lease, self._hear)
+            await asyncio.to_thread(transfer.begin, root, lease, self._settings.cache_bytes)
+            await self._until_answered(partial(transfer.fetch_parent, self._client, lease, root, self._alive))
         except RefusedError as error:
             message = f"the parent's files are not to be had: {error}"
             return Failed(run_id=lease.run_id, code="parent_corrupt", message=message, retryable=False)
         except (OSError, ValueError) as error:
             return self._unusable(error)
-        except TrainerDiedError as error:
-            return Failed(run_id=self._lease.run_id, code="trainer_died", message=str(error), retryable=True)
+        return None
 
     def _unusable(self, error: Exception) -> Failed:
         message = f"the directory of versions cannot be used: {type(error).__name__}"
@@ -153,23 +158,26 @@ class Attempt:
             canary=done.canary,
         )
         try:
-            await self._send_files(done)
+            if self._lease.files == "http" and (failed := await self._send_files(done)) is not None:
+                await self._fail(failed)
+                return
             self._result_sent = True
             reply = await self._until_answered(lambda: self._client.commit(self._lease.run_id, request))
         except RefusedError as error:
             log.error("run %s: the service does not take the commit: %s", self._lease.run_id, error)
             await self._fail(Failed(run_id=done.run_id, code="commit_refused", message=str(error), retryable=False))
             return
-        except (OSError, ValueError) as error:
-            await self._fail(self._unusable(error))
-            return
         log.info("run %s: committed as version %d of %s", self._lease.run_id, reply.version, self._lease.adapter_id)
 
-    async def _send_files(self, done: Done) -> None:
+    async def _send_files(self, done: Done) -> Failed | None:
         """Before the commit, where the service does not see what was written here."""
         lease, root = self._lease, self._settings.adapters_root
-        for entry in done.files if lease.files == "http" else []:
-            await self._until_answered(partial(transfer.send, self._client, lease, entry, root, self._alive))
+        try:
+            for entry in done.files:
+                await self._until_answered(partial(transfer.send, self._client, lease, entry, root, self._alive))
+        except (OSError, ValueError) as error:
+            return self._unusable(error)
+        return None
 
     async def _answer(self, previewed: Previewed) -> None:
         request = ResultRequest(token=self._lease.token, preview=previewed.preview)
