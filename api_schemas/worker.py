@@ -45,11 +45,19 @@ class LeasedItem(Response):
     standing: bool
 
 
+class FileEntry(Request):
+    name: FileName
+    size: Annotated[int, Field(ge=0)]
+    sha256: Sha256
+
+
 class ParentVersion(Response):
     version: int
     uri: str
     """Directory below the adapters root: `<adapter id>/<run id>`."""
     digest: str
+    files: list[FileEntry] = []
+    """Empty where worker and service share a directory."""
 
 
 class Lease(Response):
@@ -68,6 +76,8 @@ class Lease(Response):
     parent: ParentVersion | None
     standing_feedback: list[str]
     """Of the parent version, oldest first."""
+    files: Literal["shared", "http"] = "shared"
+    """http: the parent's files are fetched from the service and the version's sent to it before the commit."""
     canary_prompt: str | None = None
     """What to record log-probs of; None: record none."""
     batch_ids: list[str]
@@ -85,12 +95,6 @@ class HeartbeatReply(Response):
     lease_seconds: float
     cancelled: bool = False
     """True: stop, the lease is over."""
-
-
-class FileEntry(Request):
-    name: FileName
-    size: Annotated[int, Field(ge=0)]
-    sha256: Sha256
 
 
 class ItemReport(Request):
@@ -134,6 +138,11 @@ class CommitRequest(Request):
     training_seconds: Annotated[float, Field(ge=0)]
     canary: Canary | None = None
     """None: from a worker that records none."""
+
+
+class FileReceived(Response):
+    sha256: Sha256
+    size: int
 
 
 class CommitReply(Response):

@@ -20,6 +20,8 @@ from service.serving.fleet import Fleet
 from service.serving.publisher import Publisher
 from service.serving.replica import Replica
 from service.settings import Settings
+from service.storage.base import Storage
+from service.storage.choice import open_storage
 from service.store.keys import KeyRing, Principal, server_secret
 from service.webhooks.sender import Sender
 
@@ -28,6 +30,7 @@ from service.webhooks.sender import Sender
 class Context:
     settings: Settings
     database: Database
+    storage: Storage
     serving: Fleet
     publisher: Publisher
     keys: KeyRing
@@ -53,14 +56,18 @@ class Context:
 
 
 def build(settings: Settings, *, transport: httpx2.AsyncBaseTransport | None = None) -> Context:
-    """Raises FileNotFoundError when `model_dir` holds no weights. `transport` carries the calls to the engine."""
+    """Raises FileNotFoundError when `model_dir` holds no weights, Unavailable for storage that cannot be used.
+
+    `transport` carries the calls to the engine.
+    """
     if settings.model_dir is None:
         raise FileNotFoundError("PERENNIAL_MODEL_DIR is not set: the service reads there which adapters fit the base")
     settings.data_dir.mkdir(parents=True, exist_ok=True)
-    settings.adapters_root.mkdir(parents=True, exist_ok=True)
+    storage = open_storage(settings)
+    storage.prepare()
     database = Database(settings.db_url, busy_seconds=settings.database_busy_seconds)
     key = settings.engine_api_key.get_secret_value() if settings.engine_api_key else None
-    artifacts = Artifacts(database, settings)
+    artifacts = Artifacts(database, storage)
     clients = {
         url: EngineClient(
             url,
@@ -77,8 +84,9 @@ def build(settings: Settings, *, transport: httpx2.AsyncBaseTransport | None = N
     return Context(
         settings=settings,
         database=database,
+        storage=storage,
         serving=serving,
-        publisher=Publisher(database, serving, settings),
+        publisher=Publisher(database, serving, storage, settings),
         keys=ring,
         base_model=settings.base_name,
         base_shapes=admission.linear_shapes(settings.model_dir),

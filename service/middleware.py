@@ -16,7 +16,7 @@ from service.settings import Settings
 UNCOUNTED = frozenset({"/healthz", "/readyz"})
 """A busy service is not a dead one."""
 BUSY = "The service has as much to do as it can hold: send it again in a moment."
-UPLOAD = re.compile(r"/v1/adapters/[^/]+/upload/[^/]+")
+UPLOAD = re.compile(r"/v1/adapters/[^/]+/upload/[^/]+|/worker/v1/runs/[^/]+/files/[^/]+")
 
 
 class RequestIds:

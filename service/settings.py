@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 from sqlalchemy import make_url
 
 from service.logprobs_mode import Mode
 from service.secret_files import SecretFiles
+from service.storage.bucket import check_url
 from service.store.rules import Rules
 from service.webhooks.guard import Policy
 
@@ -33,6 +34,11 @@ class Settings(BaseSettings):
     """Version directories; worker and engine see the same directory (at `engine_adapters_dir`)."""
     engine_adapters_dir: Path | None = None
     """Where the engine finds `adapters_dir`, if it is mounted elsewhere there."""
+    storage: str | None = None
+    """`s3://BUCKET/PREFIX`: versions are kept there, and `adapters_dir` is this host's cache. Credentials, region and
+    endpoint come from the usual `AWS_*` variables. None: `adapters_dir` is shared by service, workers and engines."""
+    storage_seconds: Annotated[float, Field(gt=0)] = 30.0
+    """For one request to the object storage, and for its tries together."""
 
     model_dir: Path | None = None
     """The base model's directory: its weights' headers say which adapters fit."""
@@ -138,6 +144,13 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return init_settings, env_settings, SecretFiles(settings_cls), dotenv_settings, file_secret_settings
 
+    @field_validator("storage")
+    @classmethod
+    def _usable(cls, url: str | None) -> str | None:
+        if url is not None:
+            check_url(url)
+        return url
+
     @model_validator(mode="after")
     def _places(self) -> Self:
         data = self.data_dir.absolute()
@@ -187,6 +200,7 @@ class Settings(BaseSettings):
             coalesce_items=self.coalesce_items,
             priority_seconds=self.priority_seconds,
             canary_prompt=self.canary_prompt if self.canary else None,
+            files_over_http=self.storage is not None,
         )
 
     @property

@@ -14,7 +14,9 @@ import secrets
 import shutil
 import time
 from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,6 +26,7 @@ from api_schemas.training import LoraSettings
 from api_schemas.worker import FileEntry
 from service import admission
 from service.errors import BadRequest, NotFound, TooLarge, TooMany, VersionRejected
+from service.storage.base import UPLOADS, Storage
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 STALE_SECONDS = 3600.0
@@ -53,7 +56,7 @@ class Wanted:
 
 
 def staging_of(adapter: Path) -> Path:
-    return adapter / ".uploads"
+    return adapter / UPLOADS
 
 
 async def receive(
@@ -71,6 +74,26 @@ async def receive(
     finally:
         part.unlink(missing_ok=True)
     return FileEntry(name=f"adapter/{name}", size=size, sha256=sha256)
+
+
+@asynccontextmanager
+async def landed(
+    chunks: AsyncIterator[bytes], directory: Path, sha256: str, *, patience: float = CHUNK_SECONDS
+) -> AsyncIterator[Path]:
+    """A worker's file on disk, of these very bytes, for as long as the block runs. Raises BadRequest."""
+    path = directory / f".part-{secrets.token_hex(8)}"
+    await anyio.to_thread.run_sync(partial(directory.mkdir, parents=True, exist_ok=True))
+    try:
+        digest = hashlib.sha256()
+        with path.open("wb") as file:
+            async for chunk in _patient(chunks, patience):
+                digest.update(chunk)
+                await anyio.to_thread.run_sync(file.write, chunk)
+        if digest.hexdigest() != sha256:
+            raise BadRequest("The file has changed on its way; send it again.", code="wrong_checksum")
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def _new_part(staging: Path) -> Path:
@@ -136,23 +159,24 @@ class _Head:
         return True
 
 
-def staged(adapter: Path, name: str, sha256: str) -> Path:
-    """Raises NotFound unless a file of these bytes was uploaded and is still there."""
+def staged(adapter: Path, name: str, sha256: str, storage: Storage) -> Path:
+    """Raises NotFound unless a file of these bytes was uploaded, here or through another host, and is still there."""
     path = staging_of(adapter) / sha256
+    if not path.is_file():
+        storage.fetch_staged(adapter.name, sha256, path)
     if not path.is_file():
         raise NotFound(f"No {name} of this SHA-256 was uploaded in the last hour.", code="upload_not_found", param=name)
     return path
 
 
-def assemble(
-    adapter: Path, run_id: str, config: Path, weights: Path, wanted: Wanted, about: dict[str, Any]
-) -> list[FileEntry]:
-    """The version directory `<adapter>/<run_id>`, durable and whole or not there. Checked once more as what it is.
+def assemble(final: Path, config: Path, weights: Path, wanted: Wanted, about: dict[str, Any]) -> list[FileEntry]:
+    """The version directory `final`, durable and whole or not there. Checked once more as what it is.
 
     Raises VersionRejected.
     """
     wanted.check(CONFIG, config)
-    making = adapter / f".upload-{run_id}"
+    adapter = final.parent
+    making = adapter / f".upload-{final.name}"
     try:
         (making / "adapter").mkdir(parents=True)
         shutil.copyfile(weights, making / "adapter" / WEIGHTS)
@@ -164,7 +188,7 @@ def assemble(
             raise VersionRejected("wrong_checksum: the uploaded weights have changed on our disk; send them again.")
         for path in (*(making / f.name for f in files), making / "adapter", making):
             _sync(path)
-        making.rename(adapter / run_id)
+        making.rename(final)
     finally:
         shutil.rmtree(making, ignore_errors=True)
     for path in (adapter, adapter.parent):
@@ -207,7 +231,8 @@ def _sync(path: Path) -> None:
 def clear_stale(root: Path, older_than: float = STALE_SECONDS) -> None:
     """Remove uploads that were not committed in time, and what a killed commit left."""
     before = time.time() - older_than
-    for path in (*root.glob("adp_*/.uploads/*"), *root.glob("adp_*/.uploads/.part-*"), *root.glob("adp_*/.upload-*")):
+    left = ("adp_*/.uploads/*", "adp_*/.uploads/.part-*", "adp_*/.upload-*", "incoming/.part-*")
+    for path in (found for pattern in left for found in root.glob(pattern)):
         try:
             if path.stat().st_mtime < before:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

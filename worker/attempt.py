@@ -14,11 +14,13 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from enum import Enum
+from functools import partial
 from typing import TypeVar
 
 from api_schemas.jobs import JobError, JobProgress, StepMetrics
 from api_schemas.preview import ResultRequest
 from api_schemas.worker import CommitRequest, FailRequest, Heartbeat, Lease
+from worker import transfer
 from worker.errors import LeaseLostError, RefusedError, ServiceUnavailableError, TrainerDiedError, VersionRejectedError
 from worker.messages import Done, Failed, Outcome, Previewed, Progress, Step, Stopped
 from worker.service_client import ServiceClient
@@ -104,14 +106,34 @@ class Attempt:
             self._discard()
         except VersionRejectedError as error:
             log.warning("run %s: version refused by the service: %s", self._lease.run_id, error)
+            if self._lease.files == "http":
+                self._discard()
         except RefusedError as error:
             log.error("run %s: the service does not take the report: %s", self._lease.run_id, error)
 
     async def _train(self) -> Outcome:
+        if self._lease.files == "http" and (failed := await self._fetch_parent()) is not None:
+            return failed
         try:
             return await self._trainer.train(self._lease, self._hear)
         except TrainerDiedError as error:
             return Failed(run_id=self._lease.run_id, code="trainer_died", message=str(error), retryable=True)
+
+    async def _fetch_parent(self) -> Failed | None:
+        lease, root = self._lease, self._settings.adapters_root
+        try:
+            await asyncio.to_thread(transfer.begin, root, lease, self._settings.cache_bytes)
+            await self._until_answered(partial(transfer.fetch_parent, self._client, lease, root, self._alive))
+        except RefusedError as error:
+            message = f"the parent's files are not to be had: {error}"
+            return Failed(run_id=lease.run_id, code="parent_corrupt", message=message, retryable=False)
+        except (OSError, ValueError) as error:
+            return self._unusable(error)
+        return None
+
+    def _unusable(self, error: Exception) -> Failed:
+        message = f"the directory of versions cannot be used: {type(error).__name__}"
+        return Failed(run_id=self._lease.run_id, code="disk_failed", message=message, retryable=True)
 
     async def _finish(self, outcome: Outcome) -> None:
         if isinstance(outcome, Done):
@@ -135,14 +157,27 @@ class Attempt:
             training_seconds=done.training_seconds,
             canary=done.canary,
         )
-        self._result_sent = True
         try:
+            if self._lease.files == "http" and (failed := await self._send_files(done)) is not None:
+                await self._fail(failed)
+                return
+            self._result_sent = True
             reply = await self._until_answered(lambda: self._client.commit(self._lease.run_id, request))
         except RefusedError as error:
             log.error("run %s: the service does not take the commit: %s", self._lease.run_id, error)
             await self._fail(Failed(run_id=done.run_id, code="commit_refused", message=str(error), retryable=False))
             return
         log.info("run %s: committed as version %d of %s", self._lease.run_id, reply.version, self._lease.adapter_id)
+
+    async def _send_files(self, done: Done) -> Failed | None:
+        """Before the commit, where the service does not see what was written here."""
+        lease, root = self._lease, self._settings.adapters_root
+        try:
+            for entry in done.files:
+                await self._until_answered(partial(transfer.send, self._client, lease, entry, root, self._alive))
+        except (OSError, ValueError) as error:
+            return self._unusable(error)
+        return None
 
     async def _answer(self, previewed: Previewed) -> None:
         request = ResultRequest(token=self._lease.token, preview=previewed.preview)
@@ -212,12 +247,15 @@ class Attempt:
             await asyncio.wait_for(self._news.wait(), interval - shortest)
 
     def _hear(self, event: Progress | Step) -> None:
-        self._last_heard = time.monotonic()
+        self._alive()
         if isinstance(event, Step):
             self._metrics.append(event.metrics)
         else:
             self._progress = JobProgress(phase=event.phase, step=event.step, steps=event.steps)
         self._news.set()
+
+    def _alive(self) -> None:
+        self._last_heard = time.monotonic()
 
     async def _abandon(self, end: LeaseEnd) -> None:
         log.info("run %s: %s, giving up", self._lease.run_id, end.value)
@@ -249,4 +287,5 @@ class Attempt:
 
     def _discard(self) -> None:
         s, lease = self._settings, self._lease
-        discard(s.adapters_root, lease.adapter_id, lease.run_id, lease.token, published=not self._result_sent)
+        ours = lease.files == "http" or not self._result_sent
+        discard(s.adapters_root, lease.adapter_id, lease.run_id, lease.token, published=ours)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import TypeVar
 
 import httpx2
@@ -13,6 +17,7 @@ from api_schemas.worker import (
     CommitReply,
     CommitRequest,
     FailRequest,
+    FileEntry,
     Heartbeat,
     HeartbeatReply,
     Lease,
@@ -31,6 +36,7 @@ R = TypeVar("R", bound=BaseModel)
 TIMEOUT_SECONDS = 5.0
 COMMIT_TIMEOUT_SECONDS = 120.0
 """The service hashes and checks every file of a version before it answers."""
+CHUNK = 2**20
 
 
 def http_client(service_url: str, token: str) -> httpx2.AsyncClient:
@@ -62,6 +68,51 @@ class ServiceClient:
         """Idempotent by run: after a lost acknowledgement the same reply again. Raises VersionRejectedError."""
         response = await self._post(f"runs/{run_id}/commit", request, timeout=COMMIT_TIMEOUT_SECONDS)
         return _parsed(response, CommitReply)
+
+    async def send_file(self, lease: Lease, entry: FileEntry, path: Path, alive: Callable[[], None]) -> None:
+        """One file of the version that will be committed. Idempotent. Raises OSError too."""
+
+        async def chunks() -> AsyncIterator[bytes]:
+            with path.open("rb") as file:
+                while chunk := await asyncio.to_thread(file.read, CHUNK):
+                    yield chunk
+                    alive()
+
+        try:
+            response = await self._http.put(
+                f"/worker/v1/runs/{lease.run_id}/files/{entry.sha256}",
+                params={"token": lease.token},
+                content=chunks(),
+                headers={"Content-Length": str(entry.size), "Content-Type": "application/octet-stream"},
+                timeout=COMMIT_TIMEOUT_SECONDS,
+            )
+        except httpx2.RequestError as error:
+            raise ServiceUnavailableError(f"{type(error).__name__} at files") from error
+        if not response.is_success:
+            raise _error_of(response)
+
+    async def fetch_file(self, lease: Lease, entry: FileEntry, path: Path, alive: Callable[[], None]) -> None:
+        """One file of the run's parent, checked. Raises OSError too."""
+        digest = hashlib.sha256()
+        try:
+            async with self._http.stream(
+                "GET",
+                f"/worker/v1/runs/{lease.run_id}/parent/{entry.sha256}",
+                params={"token": lease.token},
+                timeout=COMMIT_TIMEOUT_SECONDS,
+            ) as response:
+                if not response.is_success:
+                    await response.aread()
+                    raise _error_of(response)
+                with path.open("wb") as file:
+                    async for chunk in response.aiter_bytes(CHUNK):
+                        digest.update(chunk)
+                        await asyncio.to_thread(file.write, chunk)
+                        alive()
+        except httpx2.RequestError as error:
+            raise ServiceUnavailableError(f"{type(error).__name__} at parent") from error
+        if digest.hexdigest() != entry.sha256:
+            raise ServiceUnavailableError(f"{entry.name} of the parent came with other bytes")
 
     async def result(self, run_id: str, request: ResultRequest) -> None:
         """Of a preview. Idempotent by run."""

@@ -37,6 +37,9 @@ class WorkerSettings(BaseSettings):
     base_model: ModelName
     """The name by which leases and adapters know the base model."""
     adapters_root: Path
+    cache_bytes: Annotated[int, Field(ge=0)] = 10 * 2**30
+    """Of versions that are kept under `adapters_root` where they come from the service over HTTP; the longest unused
+    goes first."""
     worker_id: Identifier = Field(default_factory=_default_worker_id)
     device: Device = "auto"
     dtype: Dtype = "auto"

@@ -13,6 +13,7 @@ from service.db.tables import Adapter, Version
 from service.doctor.findings import Finding
 from service.serving.names import PREFIX, served_name
 from service.settings import Settings
+from service.storage.choice import open_storage
 
 SECONDS = 10.0
 
@@ -22,9 +23,10 @@ Get = Callable[..., httpx2.Response]
 
 def check(database: Database, settings: Settings, get: Get = httpx2.get) -> Iterator[Finding]:
     """Every engine. Loading and unloading is the publisher's: none of this is repaired here."""
+    storage = open_storage(settings)
     with database.read() as s:
-        rows = s.execute(select(Version.adapter_id, Version.n, Version.uri))
-        places = {served_name(a, n): f"{settings.engine_adapters_root}/{uri}/adapter" for a, n, uri in rows}
+        rows = s.execute(select(Version.adapter_id, Version.n, Version.uri, Version.digest))
+        places = {served_name(a, n): storage.engine_path(uri, digest) for a, n, uri, digest in rows}
         alive = s.execute(select(Adapter.id, Adapter.live_n).where(Adapter.deleted_at.is_(None), Adapter.live_n > 0))
         live = [served_name(a, n) for a, n in alive]
     for url in settings.engines:

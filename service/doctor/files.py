@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,9 +14,11 @@ from service import admission, archive
 from service.db.engine import Database, clock
 from service.db.tables import Adapter, Version
 from service.doctor.findings import Finding
-from service.errors import VersionRejected
+from service.errors import Unavailable, VersionRejected
 from service.serving import garbage
 from service.settings import Settings
+from service.storage.base import Storage
+from service.storage.choice import open_storage
 from service.store import adapters
 
 SECRETS = ("server.secret", "client.key", "worker.key")
@@ -25,20 +26,31 @@ SECRETS = ("server.secret", "client.key", "worker.key")
 
 def check(database: Database, settings: Settings, grace: float) -> Iterator[Finding]:
     """`grace`: seconds for which what belongs to nobody may still come to belong to somebody."""
-    root = settings.adapters_root
-    if not root.is_dir():
-        yield Finding("adapters_missing", str(root), "The adapters directory is not there: mount or restore it.")
+    try:
+        storage = open_storage(settings)
+        storage.check()
+        yield from _stored(database, storage, settings, grace)
+    except Unavailable as error:
+        place = settings.storage or str(settings.adapters_root)
+        yield Finding("adapters_missing", place, f"{error.message} Mount, restore or reach it.")
         return
-    yield from _versions(database, root)
-    for orphan in garbage.orphans(database, root, grace):
-        message = f"It belongs to no version: {orphan.why}."
-        yield Finding("orphan_directory", str(orphan.path), message, partial(garbage.remove, database, orphan))
-    yield from _adapters(database, root, grace)
-    yield from _archives(database, settings.archives_root)
+    for path in archive.orphans(database, settings.archives_root):
+        yield Finding("orphan_archive", str(path), "No version has these bytes.", path.unlink)
     yield from _permissions(settings)
 
 
-def _versions(database: Database, root: Path) -> Iterator[Finding]:
+def _stored(database: Database, storage: Storage, settings: Settings, grace: float) -> Iterator[Finding]:
+    yield from _versions(database, storage, settings.adapters_root)
+    for orphan in garbage.orphans(database, storage, grace):
+        message = f"It belongs to no version: {orphan.why}."
+        remove = partial(garbage.remove, database, storage, orphan)
+        yield Finding("orphan_directory", storage.where(orphan.adapter_id, orphan.name), message, remove)
+    yield from _adapters(database, storage, grace)
+    if not storage.remote:
+        yield from _strange(settings.adapters_root)
+
+
+def _versions(database: Database, storage: Storage, root: Path) -> Iterator[Finding]:
     with database.read() as s:
         rows = s.execute(
             select(Version, Adapter)
@@ -47,9 +59,14 @@ def _versions(database: Database, root: Path) -> Iterator[Finding]:
             .order_by(Version.adapter_id, Version.n)
         ).all()
     for version, adapter in rows:
-        if (why := _damage(version, root)) is None:
+        files = [FileEntry.model_validate(f) for f in version.files]
+        if (why := _damage(version, files, storage)) is None:
             continue
         name = f"{version.adapter_id} v{version.n}"
+        if storage.remote and _is_in(root / version.uri, files):
+            repair = partial(_move, storage, version.uri, files, root)
+            yield Finding("files_not_stored", name, "Its files are in the adapters directory alone.", repair)
+            continue
         if version.n in (adapter.live_n, adapter.head_n):
             what = "restore it from a backup, or promote an earlier version"
             yield Finding("files_damaged", name, f"{why} It is live or the training head: {what}.")
@@ -57,18 +74,32 @@ def _versions(database: Database, root: Path) -> Iterator[Finding]:
             yield Finding("files_damaged", name, f"{why} Nothing points to it.", _given_up(database, version))
 
 
-def _damage(version: Version, root: Path) -> str | None:
+def _damage(version: Version, files: list[FileEntry], storage: Storage) -> str | None:
     """What is wrong with its files, byte for byte."""
-    files = [FileEntry.model_validate(f) for f in version.files]
     if admission.version_digest(files) != version.digest:
         return "Its list of files has not the digest that was committed."
     try:
-        admission.check_files(root / version.uri, files)
+        storage.examine(version.uri, files)
     except VersionRejected as error:
         return error.message
     except OSError as error:
         return f"Its files cannot be read: {error.strerror}."
     return None
+
+
+def _is_in(directory: Path, files: list[FileEntry]) -> bool:
+    """Whether a directory from the time before the object storage holds the version."""
+    try:
+        admission.check_files(directory, files)
+    except (VersionRejected, OSError):
+        return False
+    return True
+
+
+def _move(storage: Storage, uri: str, files: list[FileEntry], root: Path) -> None:
+    for entry in files:
+        storage.receive(uri, entry.sha256, root / uri / entry.name)
+    storage.seal(uri, files)
 
 
 def _given_up(database: Database, version: Version) -> Callable[[], None]:
@@ -83,27 +114,21 @@ def _given_up(database: Database, version: Version) -> Callable[[], None]:
     return repair
 
 
-def _adapters(database: Database, root: Path, grace: float) -> Iterator[Finding]:
-    """Whole directories of adapters that do not exist, or whose files were said to be gone."""
+def _adapters(database: Database, storage: Storage, grace: float) -> Iterator[Finding]:
+    """All that is kept for adapters that do not exist, or whose files were said to be gone."""
     with database.read() as s:
         known = {a.id: a.purged_at is not None for a in s.scalars(select(Adapter))}
+    for adapter_id in storage.adapters():
+        if known.get(adapter_id) is not False and storage.touched(adapter_id, "") < time.time() - grace:
+            why = "was deleted" if adapter_id in known else "does not exist"
+            purge = partial(storage.purge, adapter_id)
+            yield Finding("unknown_adapter", storage.where(adapter_id), f"Its adapter {why}.", purge)
+
+
+def _strange(root: Path) -> Iterator[Finding]:
     for path in sorted(root.iterdir()):
-        if known.get(path.name) is False:
-            continue
         if path.is_symlink() or not path.is_dir() or not path.name.startswith("adp_"):
             yield Finding("strange_file", str(path), "It is nothing of ours.", level="note")
-        elif path.stat().st_mtime < time.time() - grace:
-            why = "was deleted" if path.name in known else "does not exist"
-            yield Finding("unknown_adapter", str(path), f"Its adapter {why}.", partial(shutil.rmtree, path))
-
-
-def _archives(database: Database, root: Path) -> Iterator[Finding]:
-    with database.read() as s:
-        digests = s.scalars(select(Version.digest).where(Version.files_removed_at.is_(None)))
-        wanted = {archive.path_of(root, digest).name for digest in digests}
-    for path in sorted(root.glob("*")):
-        if path.suffix == ".zip" and path.name not in wanted:
-            yield Finding("orphan_archive", str(path), "No version has these bytes.", path.unlink)
 
 
 def _permissions(settings: Settings) -> Iterator[Finding]:

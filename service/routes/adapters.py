@@ -123,11 +123,10 @@ def download_version(
     headers = {"etag": etag, "cache-control": "private, immutable, max-age=31536000"}
     if if_none_match is not None and etag in (tag.strip().removeprefix("W/") for tag in if_none_match.split(",")):
         return Response(status_code=304, headers=headers)
-    path = archive.build(
-        context.settings.adapters_root / found.uri,
-        [FileEntry.model_validate(f) for f in found.files],
-        archive.path_of(context.settings.archives_root, found.digest),
-    )
+    path = archive.path_of(context.settings.archives_root, found.digest)
+    if not path.exists():
+        files = [FileEntry.model_validate(f) for f in found.files]
+        archive.build(context.storage.directory(found.uri, files), files, path)
     return Download(path, filename=f"{adapter}-v{version}.zip", media_type="application/zip", headers=headers)
 
 
@@ -147,11 +146,11 @@ def _check_promotion(context: Context, tenant: str, name: str, n: int) -> str:
     with context.database.read() as s:
         row = adapters.by_name(s, tenant, name)
         rebuild.check_none_runs(s, row)
-        uri = versions.promotable(s, row, n).uri if n else None
-    if uri is not None:
+        version = versions.promotable(s, row, n) if n else None
+    if version is not None:
         lora = LoraSettings.model_validate(row.lora)
-        directory = context.settings.adapters_root / uri / "adapter"
-        admission.check_adapter(directory, context.base_shapes, row.base_model, lora)
+        directory = context.storage.directory(version.uri, [FileEntry.model_validate(f) for f in version.files])
+        admission.check_adapter(directory / "adapter", context.base_shapes, row.base_model, lora)
     return row.id
 
 

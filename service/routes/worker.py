@@ -6,7 +6,9 @@ import time
 from typing import Annotated
 
 import anyio
-from fastapi import Path, Request, Response
+from fastapi import Path, Query, Request, Response
+from fastapi.responses import FileResponse
+from starlette.requests import ClientDisconnect
 
 import api_schemas.worker as wire
 from api_schemas.jobs import JobError
@@ -17,11 +19,16 @@ from service.auth import Ctx, WorkerKey, guarded
 from service.bell import Bell
 from service.context import Context
 from service.db.tables import Version
-from service.errors import LeaseLost, VersionRejected
-from service.store import leases
+from service.errors import BadRequest, Conflict, LeaseLost, NotFound, VersionRejected
+from service.routes.raw import RAW_BODY
+from service.store import leases, versions
+from service.uploads import landed
 
 router = guarded(prefix="/worker/v1", tags=["worker"])
 RunId = Annotated[str, Path(pattern=r"^run_[0-9a-f]{1,64}$")]
+Sum = Annotated[str, Path(pattern=r"^[0-9a-f]{64}$")]
+Token = Annotated[int, Query()]
+"""The lease's fencing token."""
 POLL_SECONDS = 2.0
 """How often a waiting lease request looks again unasked: expired leases ring no bell."""
 
@@ -55,6 +62,46 @@ def heartbeat(run_id: RunId, request: wire.Heartbeat, context: Ctx, _key: Worker
     return wire.HeartbeatReply(lease_seconds=context.settings.lease_seconds)
 
 
+@router.put("/runs/{run_id}/files/{sha256}", openapi_extra=RAW_BODY)
+async def send_file(
+    run_id: RunId, sha256: Sum, token: Token, request: Request, context: Ctx, _key: WorkerKey
+) -> wire.FileReceived:
+    """One file of the version that this run will commit, as the raw body; where they share no directory. Idempotent."""
+    adapter_id = await anyio.to_thread.run_sync(_writes, context, run_id, token)
+    directory = context.settings.adapters_root / "incoming"
+    try:
+        async with landed(request.stream(), directory, sha256) as path:
+            await anyio.to_thread.run_sync(context.storage.receive, f"{adapter_id}/{run_id}", sha256, path)
+            size = path.stat().st_size
+    except ClientDisconnect as error:
+        raise BadRequest("The file broke off; send it again.", code="upload_incomplete") from error
+    return wire.FileReceived(sha256=sha256, size=size)
+
+
+def _writes(context: Context, run_id: str, token: int) -> str:
+    """The adapter that this run may write for."""
+    if not context.storage.remote:
+        raise Conflict("Workers write into the shared directory themselves.", code="files_are_shared")
+    with context.database.read() as s:
+        return leases.held(s, run_id, token)[1].id
+
+
+@router.get("/runs/{run_id}/parent/{sha256}", response_class=FileResponse)
+def fetch_file(run_id: RunId, sha256: Sum, token: Token, context: Ctx, _key: WorkerKey) -> FileResponse:
+    """One file of the version that this run starts from."""
+    with context.database.read() as s:
+        run, adapter = leases.held(s, run_id, token)
+        parent = s.get(Version, (adapter.id, run.parent_n))
+        if parent is None:
+            raise NotFound("This run starts from the base model.", code="file_not_found")
+        files = [wire.FileEntry.model_validate(f) for f in versions.with_files(parent).files]
+        uri = parent.uri
+    names = [f.name for f in files if f.sha256 == sha256]
+    if not names:
+        raise NotFound("The parent has no such file.", code="file_not_found", param="sha256")
+    return FileResponse(context.storage.directory(uri, files) / names[0], media_type="application/octet-stream")
+
+
 @router.post("/runs/{run_id}/commit")
 def commit(run_id: RunId, request: wire.CommitRequest, context: Ctx, _key: WorkerKey) -> wire.CommitReply:
     """Admit the version's files, then apply the whole run in one transaction."""
@@ -84,9 +131,9 @@ def _admit(context: Context, uri: str, request: wire.CommitRequest, lora: LoraSe
     """Raises VersionRejected. Nothing is served that these checks have not seen."""
     if request.uri != uri:
         raise VersionRejected(f"wrong_uri: a version of this run belongs at {uri}.")
-    directory = context.settings.adapters_root / uri
-    admission.check_files(directory, request.files)
+    directory = context.storage.directory(uri, request.files)
     admission.check_adapter(directory / "adapter", context.base_shapes, base, lora)
+    context.storage.seal(uri, request.files)
 
 
 def _commit(context: Context, run_id: str, request: wire.CommitRequest) -> Version:

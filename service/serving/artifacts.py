@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import anyio
 
 from api_schemas.worker import Canary, FileEntry
-from service import admission
 from service.db.engine import Database
 from service.db.tables import Adapter, Version
-from service.errors import NotFound, Unavailable
+from service.errors import NotFound
 from service.serving.names import served_name
-from service.settings import Settings
+from service.storage.base import Storage
 from service.store import versions
 
 
@@ -29,25 +27,22 @@ class Artifact:
 
 
 class Artifacts:
-    def __init__(self, database: Database, settings: Settings) -> None:
+    def __init__(self, database: Database, storage: Storage) -> None:
         self._db = database
-        self._settings = settings
+        self._storage = storage
 
     async def checked(self, adapter_id: str, n: int) -> Artifact:
         """The version, after its files were compared with what was committed.
 
-        Raises NotFound, Gone, VersionRejected, and Unavailable when the whole directory of adapters is away, which is
-        no verdict on the version.
+        Raises NotFound, Gone, VersionRejected, and Unavailable when the whole storage is away, which is no verdict on
+        the version.
         """
         version = await anyio.to_thread.run_sync(self._row, adapter_id, n)
-        root = self._settings.adapters_root
-        if not root.is_dir():
-            raise Unavailable("The adapters directory is away; try again.", code="storage_unavailable", retry_after=5)
         files = [FileEntry.model_validate(f) for f in version.files]
-        await anyio.to_thread.run_sync(admission.check_files, root / version.uri, files)
-        path = Path(self._settings.engine_adapters_root) / version.uri / "adapter"
+        await anyio.to_thread.run_sync(self._storage.directory, version.uri, files)
+        path = self._storage.engine_path(version.uri, version.digest)
         canary = Canary.model_validate(version.canary) if version.canary else None
-        return Artifact(served_name(adapter_id, n), str(path), canary)
+        return Artifact(served_name(adapter_id, n), path, canary)
 
     def _row(self, adapter_id: str, n: int) -> Version:
         with self._db.read() as s:

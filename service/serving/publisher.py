@@ -18,12 +18,14 @@ from service.bell import Bell
 from service.db.engine import Database
 from service.engine_answers import EngineAway
 from service.errors import PerennialError, VersionRejected
+from service.serving.copies import Copies
 from service.serving.fleet import Fleet
 from service.serving.names import served_name
 from service.serving.office import Office
 from service.serving.replica import Replica
 from service.serving.retention import Retention
 from service.settings import Settings
+from service.storage.base import Storage
 from service.store import adapters, versions
 
 log = logging.getLogger(__name__)
@@ -32,11 +34,13 @@ RETRY_SECONDS = 0.5
 
 
 class Publisher:
-    def __init__(self, database: Database, fleet: Fleet, settings: Settings) -> None:
+    def __init__(self, database: Database, fleet: Fleet, storage: Storage, settings: Settings) -> None:
         self._db = database
         self._fleet = fleet
+        self._storage = storage
         self._settings = settings
-        self._retention = Retention(database, fleet, settings)
+        self._retention = Retention(database, fleet, storage, settings)
+        self._copies = Copies(database, fleet, storage, settings)
         self.office = Office(
             database, settings.publisher_lease_seconds, lambda: (fleet.in_use(), self._retention.asked_lately())
         )
@@ -88,10 +92,10 @@ class Publisher:
             await Bell.wait(ticket, self._settings.reconcile_seconds)
 
     async def _tidy(self) -> None:
-        if not self.office.leads:
-            return
         try:
-            await self._retention.tidy(self.office)
+            await self._copies.tidy()
+            if self.office.leads:
+                await self._retention.tidy(self.office)
         except PerennialError as error:
             log.info("publisher: files stay for now: %s", error.code)
         except Exception:
@@ -180,7 +184,8 @@ class Publisher:
     async def _unload_unwanted(self, replica: Replica, known: set[str]) -> None:
         wanted = await anyio.to_thread.run_sync(self._pointers)
         keep = {served_name(a.adapter_id, n) for a in wanted for n in (a.live_n, a.head_n)}
-        if not self.office.leads:  # let go of them: the publisher unloads what no process holds
+        if not self.office.leads and not self._storage.remote:
+            # Let go of them: the publisher unloads what no process holds. With remote storage it cannot reach here.
             for name in replica.loaded - keep:
                 replica.let_go_if_idle(name)
             return

@@ -7,13 +7,12 @@ no engine knows a name of them, they are removed. An engine that reads a directo
 
 from __future__ import annotations
 
-import shutil
 import time
 
 import anyio
 from sqlalchemy import select
 
-from service import archive, uploads
+from service import archive
 from service.db.engine import Database, clock
 from service.db.tables import Adapter, Version
 from service.serving import garbage
@@ -21,19 +20,19 @@ from service.serving.fleet import Fleet
 from service.serving.names import adapter_of, served_name
 from service.serving.office import Office
 from service.settings import Settings
+from service.storage.base import Storage
 from service.store import expiry, retention, scrubbing
 
-LEFTOVERS_SECONDS = 60.0
-"""How often directories are looked through for what nobody committed."""
 DAY = 86400.0
 EXPIRING, ROUNDS = 200, 10
 """Most rows of one transaction, and most transactions of one pass: others write in between."""
 
 
 class Retention:
-    def __init__(self, database: Database, fleet: Fleet, settings: Settings) -> None:
+    def __init__(self, database: Database, fleet: Fleet, storage: Storage, settings: Settings) -> None:
         self._db = database
         self._fleet = fleet
+        self._storage = storage
         self._settings = settings
         self._started = time.monotonic()
         self._look_again = 0.0
@@ -41,7 +40,7 @@ class Retention:
     async def tidy(self, office: Office) -> None:
         """One pass. Raises Unavailable when a replica does not answer: it may know any name."""
         if time.monotonic() > self._look_again:
-            self._look_again = time.monotonic() + LEFTOVERS_SECONDS
+            self._look_again = time.monotonic() + self._storage.sweep_seconds
             await anyio.to_thread.run_sync(self._leftovers)
         if self._settings.keep_versions is not None:
             await anyio.to_thread.run_sync(self._doom, office, self._settings.keep_versions, self.asked_lately())
@@ -50,7 +49,7 @@ class Retention:
         if not deleted and not doomed:
             return
         # Neither is loaded any more: whoever was let in before counts as in flight here.
-        names = await self._fleet.known()
+        names = office.others.holds | await self._fleet.known()
         busy = {adapter_of(name) for name in names}
         for adapter_id in deleted:
             if adapter_id not in busy:
@@ -77,8 +76,7 @@ class Retention:
             retention.doom(s, keep, before, asked | self._fleet.in_use())
 
     def _leftovers(self) -> None:
-        uploads.clear_stale(self._settings.adapters_root)
-        garbage.collect(self._db, self._settings.adapters_root)
+        garbage.collect(self._db, self._storage)
 
     def _expire(self) -> None:
         """Texts that have had their time, a bounded number; and the bytes of what was erased while the database was
@@ -108,7 +106,7 @@ class Retention:
             return list(s.scalars(gone)), retention.doomed(s)
 
     def _purge(self, adapter_id: str) -> None:
-        shutil.rmtree(self._settings.adapters_root / adapter_id, ignore_errors=True)
+        self._storage.purge(adapter_id)
         with self._db.write() as s:
             for digest in s.scalars(select(Version.digest).where(Version.adapter_id == adapter_id)):
                 archive.path_of(self._settings.archives_root, digest).unlink(missing_ok=True)
@@ -117,8 +115,7 @@ class Retention:
     def _remove(self, adapter_id: str, n: int) -> None:
         with self._db.read() as s:
             version = s.get_one(Version, (adapter_id, n))
-        shutil.rmtree(self._settings.adapters_root / version.uri, ignore_errors=True)
-        if (self._settings.adapters_root / version.uri).exists():
+        if not self._storage.clear(*version.uri.split("/")):
             return  # tried again in the next pass
         archive.path_of(self._settings.archives_root, version.digest).unlink(missing_ok=True)
         with self._db.write() as s:

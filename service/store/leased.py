@@ -29,12 +29,18 @@ def lease(s: Session, adapter: Adapter, run: Run, jobs: Sequence[Job], rules: Ru
         lora=LoraSettings.model_validate(adapter.lora),
         training=training,
         seed=run.seed,
-        parent=wire.ParentVersion(version=parent.n, uri=parent.uri, digest=parent.digest) if parent else None,
+        parent=_parent(parent, rules) if parent else None,
         standing_feedback=list(parent.standing) if parent else [],
+        files="http" if rules.files_over_http else "shared",
         canary_prompt=rules.canary_prompt,
         batch_ids=batch_ids,
         items=[_leased_item(s, item) for item in feedback.items_of(s, batch_ids)],
     )
+
+
+def _parent(version: Version, rules: Rules) -> wire.ParentVersion:
+    files = [wire.FileEntry.model_validate(f) for f in version.files] if rules.files_over_http else []
+    return wire.ParentVersion(version=version.n, uri=version.uri, digest=version.digest, files=files)
 
 
 def seed_of(s: Session, jobs: Sequence[Job]) -> int:

@@ -18,3 +18,5 @@ class Rules:
     priority_seconds: float = 60.0
     """How much longer an adapter counts as waiting per step of priority."""
     canary_prompt: str | None = None
+    files_over_http: bool = False
+    """Workers send and fetch versions through the service: they share no directory with it."""

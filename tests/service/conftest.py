@@ -88,7 +88,8 @@ def make_stack(make_context: Callable[..., tuple[Context, FakeEngine]]) -> Itera
             alice, bob = (context.keys.create(s, tenant=t, name="test", scopes=CLIENT_SCOPES) for t in ("alice", "bob"))
             worker = context.keys.create(s, tenant=None, name="test", scopes=WORKER_SCOPES)
         with TestClient(create_app(context), raise_server_exceptions=False) as client:
-            root = context.settings.adapters_root
+            settings = context.settings
+            root = settings.data_dir.parent / "worker" if context.storage.remote else settings.adapters_root
             callers = (Caller(client, alice), Caller(client, bob), Worker(Caller(client, worker), root))
             yield Stack(context, engine, client, *callers)
 
