@@ -184,7 +184,7 @@ def test_a_window_that_only_the_mask_knows_is_noticed() -> None:
         "shared_expert_intermediate_size": 16, "num_experts": 2, "num_experts_per_tok": 1,
         "use_sliding_window": True, "max_window_layers": 1, "initializer_range": 0.3,
     }  # fmt: skip
-    for window in (8, 1024):  # tried out, and too wide to try
+    for window in (8, 1024):
         torch.manual_seed(0)
         config = Qwen2MoeConfig(**shape, sliding_window=window)
         policy = attach_lora(Qwen2MoeForCausalLM(config).eval(), LoraSpec(target_modules=("q_proj", "v_proj")))
