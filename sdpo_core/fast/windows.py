@@ -25,7 +25,7 @@ def has_window(model: PreTrainedModel) -> bool:
 
 @contextmanager
 def narrow_windows(model: PreTrainedModel) -> Iterator[None]:
-    """Every window, in the configuration and in the layers that copied it, is narrow for the length of a `with` block."""
+    """Every window, in the configuration and in the layers that copied it, is narrow within the block."""
     # A configuration has checks of its own on assignment; what is put back must not meet them.
     places = {id(p): p.__dict__ for p in (model.config, model.config.get_text_config(), *model.modules())}
     wide = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -175,11 +176,9 @@ def test_damaged_state_is_refused_by_name(base: Qwen3ForCausalLM, tmp_path: Path
         save_optimizer(policy, make_optimizer(policy, Options()), tmp_path)
         save_ema(make_ema(policy), tmp_path)
         (tmp_path / file).write_bytes(content)
+        load = partial(load_optimizer, policy, Options()) if file.startswith("optimizer") else partial(load_ema, policy)
         with pytest.raises(AdapterError):
-            if file.startswith("optimizer"):
-                load_optimizer(policy, Options(), tmp_path)
-            else:
-                load_ema(policy, tmp_path)
+            load(tmp_path)
 
 
 def test_the_average_cannot_follow_an_embedding(base: Qwen3ForCausalLM) -> None:
