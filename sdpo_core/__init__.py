@@ -8,8 +8,17 @@ from sdpo_core.ahead import teacher_targets
 from sdpo_core.chat import chat_ids
 from sdpo_core.divergence import Target
 from sdpo_core.ema import EmaTeacher, load_ema, make_ema, save_ema
-from sdpo_core.errors import AdapterError, ContextTooLong, OptionError, RemarkError, SampleError, SdpoError
+from sdpo_core.errors import (
+    AdapterError,
+    ContextTooLong,
+    OptionError,
+    RemarkError,
+    SampleError,
+    SdpoError,
+    TargetError,
+)
 from sdpo_core.explain import Explanation, explain
+from sdpo_core.identity import TeacherTarget
 from sdpo_core.loop import train_batch
 from sdpo_core.lora import LoraPolicy, LoraSpec, attach_lora, attached, detach, load_lora, save_lora
 from sdpo_core.optimizer import load_optimizer, make_optimizer, save_optimizer
@@ -30,9 +39,8 @@ __all__ = [
     "PRESETS", "AdapterError", "Audit", "BatchResult", "BatchWarning", "ContextTemplate", "ContextTooLong",
     "EmaTeacher", "Explanation", "LoraPolicy", "LoraSpec", "OptionError", "Options", "Policy", "PolicyGradient",
     "Probe", "RemarkError", "Sample", "SampleError", "SampleOutcome", "SdpoError", "Standing", "StepMetrics",
-    "StepPlan", "Target", "TeacherPrompt", "TokenBatch", "attach_lora", "attached", "chat_ids", "claas", "detach",
-    "explain", "lasgroup", "learnt_from", "load_ema", "load_lora", "load_optimizer", "make_ema", "make_optimizer",
-    "save_ema", "save_lora", "save_optimizer", "teacher_messages", "teacher_prompt", "teacher_targets",
-    "teacher_written", "train_batch",
-    "update_standing", "usable_remarks", "withdraw",
+    "StepPlan", "Target", "TargetError", "TeacherPrompt", "TeacherTarget", "TokenBatch", "attach_lora", "attached",
+    "chat_ids", "claas", "detach", "explain", "lasgroup", "learnt_from", "load_ema", "load_lora", "load_optimizer",
+    "make_ema", "make_optimizer", "save_ema", "save_lora", "save_optimizer", "teacher_messages", "teacher_prompt",
+    "teacher_targets", "teacher_written", "train_batch", "update_standing", "usable_remarks", "withdraw",
 ]  # fmt: skip

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
+from sdpo_core.batch_checks import taught_parts
 from sdpo_core.divergence import Target
 from sdpo_core.ema import EmaTeacher
-from sdpo_core.errors import OptionError, SampleError
+from sdpo_core.errors import OptionError, TargetError
+from sdpo_core.identity import TeacherTarget, check_key, target_keys
 from sdpo_core.options import Options
 from sdpo_core.path_choice import choose
 from sdpo_core.policy import Policy
@@ -17,29 +19,48 @@ from sdpo_core.samples import Sample
 
 def teacher_targets(
     policy: Policy, samples: Sequence[Sample], options: Options, *, ema: EmaTeacher | None = None
-) -> list[Target]:
-    """What `train_batch` would score of the teacher, ahead of it; dead samples have empty targets.
+) -> list[TeacherTarget]:
+    """What `train_batch` would score of the teacher, ahead of it, one per sample; dead samples have empty targets.
 
-    Valid for as long as the teacher is the same: a bare base always is. Raises OptionError for teacher `live`.
+    Each knows what it was scored for, so lists can be joined and cut as their samples are. Valid for as long as the
+    teacher is the same: a bare base always is. Raises OptionError for teacher `live` and as `train_batch` does,
+    ContextTooLong and SampleError for samples that the model cannot read.
     """
-    if options.teacher == "live":
-        raise OptionError("teacher", "'live' is the student of each step: it cannot be scored ahead")
+    samples = taught_parts(policy, samples, options)
+    _refuse_live(options)
     route = choose(policy, options, ema)
     live = [s for s in samples if s.live]
     found = iter(route.within_memory(lambda path: path.targets(live), live) if live else [])
-    return [next(found) if s.live else Target(torch.empty(0, device=policy.device)) for s in samples]
+    keys = target_keys(policy, samples, options, ema)
+    empty = torch.empty(0, device=policy.device)
+    return [TeacherTarget(next(found) if s.live else Target(empty), k) for s, k in zip(samples, keys, strict=True)]
 
 
-def live_targets(samples: Sequence[Sample], targets: Sequence[Target] | None, options: Options) -> list[Target]:
-    """The given targets of the live samples, checked; none for none. Raises OptionError, SampleError."""
+def live_targets(
+    policy: Policy,
+    samples: Sequence[Sample],
+    targets: Sequence[TeacherTarget] | None,
+    options: Options,
+    ema: EmaTeacher | None,
+) -> list[Target]:
+    """The given targets of the live samples, checked; none for none. Raises OptionError, TargetError."""
     if targets is None:
         return []
+    _refuse_live(options)
+    if len(targets) != len(samples):
+        raise TargetError(f"{len(targets)} targets for {len(samples)} samples")
+    known = []
+    keys = target_keys(policy, samples, options, ema)
+    for row, (sample, found, wanted) in enumerate(zip(samples, targets, keys, strict=True)):
+        if not sample.live:
+            continue
+        if not isinstance(found, TeacherTarget):
+            raise TargetError(f"the target of sample {row} is a {type(found).__name__}: give what teacher_targets gave")
+        check_key(row, found.key, wanted)
+        known.append(found.target)
+    return known
+
+
+def _refuse_live(options: Options) -> None:
     if options.teacher == "live":
         raise OptionError("teacher", "'live' is the student of each step: it cannot be scored ahead")
-    if len(targets) != len(samples):
-        raise SampleError(f"{len(targets)} targets for {len(samples)} samples")
-    known = [(t, s) for t, s in zip(targets, samples, strict=True) if s.live]
-    for target, sample in known:
-        if len(target.logp) != len(sample.response_ids):
-            raise SampleError(f"a target of {len(target.logp)} tokens for a response of {len(sample.response_ids)}")
-    return [target for target, _ in known]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from sdpo_core.errors import SampleError
+from jinja2.exceptions import TemplateError
 
-_ROLE = re.compile(r"[a-z][a-z_]{0,31}")
+from sdpo_core.errors import SampleError
+from sdpo_core.messages import check_text, readable_messages
 
 
 class ChatTokenizer(Protocol):
@@ -28,19 +28,22 @@ def chat_ids(
     """Token ids of a conversation in the model's own chat template.
 
     Equal to `apply_chat_template(..., tokenize=True)` for text without control-token strings. A string such as
-    "<|im_end|>" inside a message is tokenised as the ordinary characters it consists of. Templates build control
-    tokens around the role, so a role that is not a plain word raises SampleError.
+    "<|im_end|>" inside a message is tokenised as the ordinary characters it consists of. Of contents in parts the text
+    is taken. Templates build control tokens around the role, so a role that is not a plain word raises SampleError; so
+    do contents other than text, text that is no valid Unicode, and what the template itself refuses.
     """
-    for message in messages:
-        if not _ROLE.fullmatch(str(message.get("role", ""))):
-            raise SampleError(f"{message.get('role')!r} is not a role")
-    ids = tokenizer.apply_chat_template(
-        list(messages),
-        tools=None if tools is None else list(tools),
-        add_generation_prompt=add_generation_prompt,
-        tokenize=True,
-        return_dict=False,
-        sanitize_control_tokens=True,
-        **(template_options or {}),
-    )
+    messages = readable_messages(messages)
+    check_text(tools, "the tools")
+    try:
+        ids = tokenizer.apply_chat_template(
+            messages,
+            tools=None if tools is None else list(tools),
+            add_generation_prompt=add_generation_prompt,
+            tokenize=True,
+            return_dict=False,
+            sanitize_control_tokens=True,
+            **(template_options or {}),
+        )
+    except (TemplateError, ValueError) as error:
+        raise SampleError(f"the model's chat template refuses this: {error}", code="template_refused") from error
     return [int(i) for i in ids]

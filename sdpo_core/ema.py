@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -69,8 +70,9 @@ def make_ema(policy: DeltaPolicy) -> EmaTeacher:
     return EmaTeacher(policy.deltas())
 
 
-def save_ema(teacher: EmaTeacher, directory: Path) -> None:
+def save_ema(teacher: EmaTeacher, directory: Path | str) -> None:
     """Write the factors (float32 safetensors) and the counters (JSON)."""
+    directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for name, delta in teacher.deltas.items():
@@ -81,14 +83,15 @@ def save_ema(teacher: EmaTeacher, directory: Path) -> None:
     (directory / META_FILE).write_text(json.dumps(meta, indent=1, sort_keys=True) + "\n")
 
 
-def load_ema(policy: DeltaPolicy, directory: Path) -> EmaTeacher:
+def load_ema(policy: DeltaPolicy, directory: Path | str) -> EmaTeacher:
     """The teacher saved in `directory`. Raises AdapterError when it is unreadable or of another adapter."""
+    directory = Path(directory)
     try:
         meta = json.loads((directory / META_FILE).read_text())
         tensors = load_file(directory / TENSORS_FILE)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise AdapterError(f"no readable teacher state in {directory}: {error}") from error
-    if meta.get("format") != _FORMAT:
+    if not isinstance(meta, dict) or meta.get("format") != _FORMAT or not {"updates", "lost"} <= meta.keys():
         raise AdapterError(f"the teacher state in {directory} has an unknown format")
     current = policy.deltas()
     if {f"{side}.{name}" for name in current for side in ("left", "right")} != set(tensors):
@@ -97,9 +100,9 @@ def load_ema(policy: DeltaPolicy, directory: Path) -> EmaTeacher:
     return EmaTeacher(deltas, int(meta["updates"]), float(meta["lost"]))
 
 
-def has_ema(directory: Path) -> bool:
+def has_ema(directory: Path | str) -> bool:
     """Whether a teacher was saved there."""
-    return (directory / META_FILE).is_file()
+    return (Path(directory) / META_FILE).is_file()
 
 
 def _restored(name: str, tensors: Mapping[str, Tensor], like: LowRank) -> LowRank:

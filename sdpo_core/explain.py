@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from sdpo_core import divergence as dv
+from sdpo_core.batch_checks import taught_parts
 from sdpo_core.ema import EmaTeacher
+from sdpo_core.errors import SampleError
 from sdpo_core.options import Options
 from sdpo_core.policy import Policy, response_logits
 from sdpo_core.samples import Sample
@@ -91,11 +93,14 @@ def explain(
     """A preview of `train_batch` on the same arguments. The teacher is the one of `options`.
 
     `untold_prompts`: per sample, what the teacher reads when it is not told this feedback, e.g. what stands already;
-    the student's prompts if not given. Raises OptionError when teacher `ema` lacks its state, ValueError when there is
-    not one for each sample.
+    the student's prompts if not given. Raises OptionError when teacher `ema` lacks its state, SampleError when there is
+    not one prompt for each sample, ContextTooLong and SampleError for samples that the model cannot read.
     """
     prompts = [s.prompt_ids for s in samples] if untold_prompts is None else untold_prompts
+    if len(prompts) != len(samples):
+        raise SampleError(f"{len(prompts)} untold prompts for {len(samples)} samples")
     untold = [replace(s, teacher_prompt_ids=tuple(p)) for s, p in zip(samples, prompts, strict=True)]
+    samples, untold = taught_parts(policy, samples, options), taught_parts(policy, untold, options)
     scorer = Scorer(policy, options, ema)
     live = [i for i, s in enumerate(samples) if s.live]
     views: dict[int, AnswerView] = {}

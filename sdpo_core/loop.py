@@ -22,8 +22,11 @@ from torch.optim import Optimizer
 
 from sdpo_core.aggregation import row_weights
 from sdpo_core.ahead import live_targets
+from sdpo_core.batch_checks import taught_parts
 from sdpo_core.divergence import Target
 from sdpo_core.ema import DeltaPolicy, EmaTeacher
+from sdpo_core.identity import TeacherTarget
+from sdpo_core.optimizer import use_optimizer
 from sdpo_core.options import Options
 from sdpo_core.path_choice import Route, choose
 from sdpo_core.paths import Part, Path
@@ -49,24 +52,30 @@ def train_batch(
     options: Options,
     *,
     ema: EmaTeacher | None = None,
-    targets: Sequence[Target] | None = None,
+    targets: Sequence[TeacherTarget] | None = None,
     on_step: Callable[[StepMetrics], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> BatchResult:
     """Train the policy's adapter on one batch, in place. Deterministic on CPU.
 
-    `optimizer` comes from `make_optimizer` / `load_optimizer`, over `policy.trainable()`. `ema`, for teacher `ema`, is
-    moved once, after the batch and only if weights moved. `targets` are the teacher's, one per sample, where
-    `teacher_targets` has scored them before. `on_step` is called after each step; `should_stop` is asked
-    before each (true: stop, keeping the updates made so far). Raises OptionError when teacher `ema` lacks its state.
+    `optimizer` comes from `make_optimizer` / `load_optimizer`, over `policy.trainable()`; its rate, and betas, eps and
+    weight decay where it has them, are set to those of `options`. `ema`, for teacher `ema`, is moved once, after the
+    batch and only if weights moved. `targets` are the teacher's, one per sample, where `teacher_targets` has scored
+    them before. `on_step` is called after each step; `should_stop` is asked before each (true: stop, keeping the
+    updates made so far).
+
+    Raises before anything is trained: OptionError when teacher `ema` lacks its state or targets are given for teacher
+    `live`; AdapterError for an optimizer of another adapter; TargetError for targets of other samples, options,
+    teachers or bases; ContextTooLong, SampleError for samples that the model cannot read.
     """
-    samples = list(samples)  # read more than once
+    samples = taught_parts(policy, samples, options)
     outcomes = tuple(sample_outcome(s) for s in samples)
     live = [s for s in samples if s.live]
+    use_optimizer(policy, optimizer, options)
     route = choose(policy, options, ema)
+    known = live_targets(policy, samples, targets, options, ema)
     if not live:
         return BatchResult((), outcomes, "nothing_to_teach")
-    known = live_targets(samples, targets, options)
     run = _Run(route, optimizer, live, _live_weights(samples, options), ema, known)
     run.check_base("before the first step")
     stop_reason: StopReason = "steps"

@@ -15,14 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
 from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from sdpo_core.errors import AdapterError
+from sdpo_core.errors import AdapterError, OptionError
 from sdpo_core.lora_policy import LoraPolicy, seal_of
+from sdpo_core.undo import undone_on_error
 
 __all__ = ["LoraPolicy", "LoraSpec", "attach_lora", "attached", "detach", "linear_names", "load_lora", "save_lora"]
 
@@ -42,12 +45,28 @@ class LoraSpec:
     seed: int = 0
     """Seeds the A factors; B starts at zero, so a fresh adapter is the base model."""
 
+    def __post_init__(self) -> None:
+        for name, least in (("rank", 1), ("alpha", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise OptionError(name, f"must be a whole number, {least} or more, not {value!r}")
+        if self.target_modules is None:
+            return
+        names: Any = self.target_modules
+        if not isinstance(names, tuple | list) or not names or not all(isinstance(n, str) for n in names):
+            raise OptionError("target_modules", "must be a tuple of layer names such as ('q_proj',), or None")
+        object.__setattr__(self, "target_modules", tuple(names))
+
 
 def attach_lora(base: nn.Module, spec: LoraSpec) -> LoraPolicy:
-    """Put a fresh adapter on `base` (in place). The global random state is left as it was."""
-    _refuse_second(base)
-    base.requires_grad_(False)
+    """Put a fresh adapter on `base` (in place). The global random state is left as it was.
+
+    Raises AdapterError, `base` left as it was: it carries an adapter already, is no causal language model of
+    Transformers, gives no finite logits, or lacks one of the layers.
+    """
+    _refuse_unfit(base)
     targets = list(spec.target_modules or linear_names(base))
+    _refuse_unknown(base, targets)
     config = LoraConfig(
         r=spec.rank,
         lora_alpha=spec.alpha,
@@ -56,46 +75,53 @@ def attach_lora(base: nn.Module, spec: LoraSpec) -> LoraPolicy:
         bias="none",
         task_type="CAUSAL_LM",
     )
-    seal = seal_of(base)
-    with torch.random.fork_rng():
+    with undone_on_error(base), torch.random.fork_rng():
+        seal = _seal(base)
         torch.manual_seed(spec.seed)
-        return LoraPolicy(_wrap(base, config), seal)
+        try:
+            return LoraPolicy(_wrap(base, config), seal)
+        except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
+            raise AdapterError(f"no adapter on {', '.join(targets)}: {error}", code="unsupported_base") from error
 
 
 def linear_names(base: nn.Module) -> list[str]:
-    """Last name parts of all linear layers except the output head, sorted."""
+    """Last name parts of all linear layers (GPT-2's Conv1D is one) except the output head, sorted."""
     head = base.get_output_embeddings() if isinstance(base, PreTrainedModel) else None
-    linear = {n.rsplit(".", 1)[-1] for n, m in base.named_modules() if isinstance(m, nn.Linear) and m is not head}
-    return sorted(linear)
+    layers = (nn.Linear, Conv1D)
+    return sorted({n.rsplit(".", 1)[-1] for n, m in base.named_modules() if isinstance(m, layers) and m is not head})
 
 
-def load_lora(base: nn.Module, directory: Path) -> LoraPolicy:
+def load_lora(base: nn.Module, directory: Path | str) -> LoraPolicy:
     """Put the adapter saved in `directory` (a PEFT directory) on `base`, trainable.
 
-    Raises AdapterError when the directory is not a LoRA adapter of this base (missing or unexpected keys, shapes).
+    Raises AdapterError, `base` left as it was, for a base as in `attach_lora`, and when the directory is not a LoRA
+    adapter of this base (missing or unexpected keys, shapes, values that are not finite, unreadable files).
     """
-    _refuse_second(base)
-    base.requires_grad_(False)
+    directory = Path(directory)
+    _refuse_unfit(base)
     if not (directory / WEIGHTS_FILE).is_file():
         raise AdapterError(f"{directory} holds no {WEIGHTS_FILE}")
-    seal = seal_of(base)
-    try:
-        config = PeftConfig.from_pretrained(str(directory))
-        model = _wrap(base, config)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise AdapterError(f"{directory} is not a LoRA adapter of this base: {error}") from error
-    try:
-        _fill(model, directory)
-    except Exception:
-        model.unload()
-        raise
-    return LoraPolicy(model, seal)
+    with undone_on_error(base):
+        seal = _seal(base)
+        try:
+            config = PeftConfig.from_pretrained(str(directory))
+            _refuse_kind(config, directory)
+            model = _wrap(base, config)
+            _fill(model, directory)
+        except AdapterError:
+            raise
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
+            raise AdapterError(f"{directory} is not a LoRA adapter of this base: {error}") from error
+        return LoraPolicy(model, seal)
 
 
 def _wrap(base: nn.Module, config: PeftConfig) -> PeftModel:
     config.inference_mode = False  # a saved adapter says True; here it is loaded to be trained
     config.base_model_name_or_path = None  # the caller vouches for the base; peft would warn of another spelling
+    base.requires_grad_(False)
     with warnings.catch_warnings():
+        # GPT-2's layers hold their weights transposed; peft sees it and says so.
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)
         # peft 0.21 reads a property that transformers 5.23 has renamed.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         return get_peft_model(base, config)
@@ -124,7 +150,7 @@ def detach(policy: LoraPolicy) -> nn.Module:
 
 
 @contextmanager
-def attached(base: nn.Module, source: LoraSpec | Path) -> Iterator[LoraPolicy]:
+def attached(base: nn.Module, source: LoraSpec | Path | str) -> Iterator[LoraPolicy]:
     """A fresh (LoraSpec) or saved (directory) adapter on `base` for the length of a `with` block.
 
     Raises AdapterError at the end of a block that left the base changed: the next job would train on another model.
@@ -135,14 +161,18 @@ def attached(base: nn.Module, source: LoraSpec | Path) -> Iterator[LoraPolicy]:
     finally:
         detach(policy)
     if not policy.base_unchanged(base):
-        raise AdapterError("the base model changed while the adapter was attached: load it anew before the next job")
+        raise AdapterError(
+            "the base model changed while the adapter was attached: load it anew before the next job",
+            code="base_changed",
+        )
 
 
-def save_lora(policy: LoraPolicy, directory: Path, *, base_model_name_or_path: str) -> None:
+def save_lora(policy: LoraPolicy, directory: Path | str, *, base_model_name_or_path: str) -> None:
     """Write the adapter as a PEFT directory: adapter_config.json and adapter_model.safetensors (CPU tensors).
 
     `base_model_name_or_path` is what PEFT and vLLM will read as the adapter's base.
     """
+    directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     state = get_peft_model_state_dict(policy.model, save_embedding_layers=False)
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
@@ -159,6 +189,46 @@ def _plain_config(config: Any, base_name: str) -> dict[str, Any]:
     return {key: sorted(v) if isinstance(v, set) else v for key, v in values.items()}
 
 
-def _refuse_second(base: nn.Module) -> None:
+def _refuse_unfit(base: nn.Module) -> None:
+    """Raises AdapterError for what no adapter can be put on, before anything is touched."""
     if isinstance(base, PeftModel) or any(".lora_A" in name or ".lora_B" in name for name, _ in base.named_modules()):
-        raise AdapterError("the base model still carries an adapter: detach it first")
+        raise AdapterError("the base model still carries an adapter: detach it first", code="second_adapter")
+    if not isinstance(base, PreTrainedModel):
+        said = f"the base is a {type(base).__name__}, no model of Transformers"
+    elif getattr(base.config, "is_encoder_decoder", False) or base.get_output_embeddings() is None:
+        said = f"{type(base).__name__} is no causal language model with an output head"
+    else:
+        return
+    raise AdapterError(f"{said}: load it with AutoModelForCausalLM", code="unsupported_base")
+
+
+def _refuse_unknown(base: nn.Module, targets: list[str]) -> None:
+    """PEFT itself is content with one of them."""
+    names = [name for name, _ in base.named_modules()]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise AdapterError(f"the base model has no layer {target!r}", code="unknown_module")
+    if not targets:
+        raise AdapterError("the base model has no linear layer to adapt", code="unsupported_base")
+
+
+def _refuse_kind(config: Any, directory: Path) -> None:
+    """Raises AdapterError for adapters that reach into the base's own weights, or are more than two factors."""
+    if config.peft_type != PeftType.LORA:
+        raise AdapterError(f"{directory} holds a {config.peft_type} adapter, no LoRA")
+    plain = {"bias": ("none",), "init_lora_weights": (True, False, "gaussian")}
+    odd = [name for name, known in plain.items() if getattr(config, name) not in known]
+    odd += [name for name in ("modules_to_save", "use_dora", "lora_bias", "layer_replication") if getattr(config, name)]
+    if odd:
+        raise AdapterError(f"the adapter in {directory} is no plain LoRA: its {odd[0]} is {getattr(config, odd[0])!r}")
+
+
+def _seal(base: nn.Module) -> torch.Tensor:
+    """Raises AdapterError for a base that would only teach nan."""
+    try:
+        seal = seal_of(base)
+    except (TypeError, AttributeError, IndexError) as error:
+        raise AdapterError(f"the base model gives no logits for token ids: {error}", code="unsupported_base") from error
+    if bool((seal.isnan() | (seal == torch.inf)).any()):
+        raise AdapterError("the base model's logits are not finite: its weights are damaged", code="base_not_finite")
+    return seal

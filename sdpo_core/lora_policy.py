@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
@@ -13,6 +14,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sdpo_core.errors import AdapterError
 from sdpo_core.fast.decoder import head_of, hidden_states, obstacle_in
 from sdpo_core.fast.head import Head
 from sdpo_core.fast.packing import PackedBatch
@@ -39,6 +41,21 @@ class LoraPolicy:
     def device(self) -> torch.device:
         device: torch.device = next(self.model.parameters()).device
         return device
+
+    @property
+    def window(self) -> int | None:
+        """Most tokens of one sequence, by the model's configuration; None where it names no bound."""
+        return window_of(self.model.get_base_model())
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids are below it."""
+        return vocabulary_of(self.model.get_base_model())
+
+    @property
+    def base_seal(self) -> Tensor | None:
+        """What the base answered when the adapter was attached (`seal_of`): which base it is."""
+        return self._seal
 
     def base_unchanged(self, base: nn.Module) -> bool:
         """The same of the detached base."""
@@ -88,9 +105,15 @@ class LoraPolicy:
 
     @torch.no_grad()
     def deltas(self) -> dict[str, LowRank]:
-        """alpha / rank * B A of every adapted layer, as float32 copies."""
+        """alpha / rank * B A of every adapted layer, as float32 copies.
+
+        Raises AdapterError `no_moving_average` for an adapted layer that is no linear one (an embedding).
+        """
         found = {}
         for name, layer in self._layers():
+            if "default" not in layer.lora_B:
+                message = f"teacher 'ema' cannot follow the adapter on {name}: adapt linear layers only"
+                raise AdapterError(message, code="no_moving_average")
             b, a = layer.lora_B["default"].weight, layer.lora_A["default"].weight
             found[name] = LowRank(layer.scaling["default"] * b.float(), a.detach().float().clone())
         return found
@@ -130,11 +153,14 @@ class LoraPolicy:
 
     def _forward(self, batch: TokenBatch) -> Tensor:
         keep = batch.ids_BN.shape[1] - batch.first_logit
-        out = self.model(
-            input_ids=batch.ids_BN, attention_mask=batch.attention_BN, use_cache=False, logits_to_keep=keep
-        )
+        wanted = {"logits_to_keep": keep} if self._keeps_logits else {}
+        out = self.model(input_ids=batch.ids_BN, attention_mask=batch.attention_BN, use_cache=False, **wanted)
         logits: Tensor = out.logits
-        return logits
+        return logits[:, -keep:]  # all of them, where the model cannot be told how many
+
+    @cached_property
+    def _keeps_logits(self) -> bool:
+        return "logits_to_keep" in inspect.signature(self.model.get_base_model().forward).parameters
 
 
 def _adding(delta: LowRank) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
@@ -146,7 +172,25 @@ def _adding(delta: LowRank) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor],
 
 @torch.no_grad()
 def seal_of(model: nn.Module) -> Tensor:
-    """What the model answers to a few fixed tokens, (7, V). Any change of its weights shows in it, to the bit."""
+    """What the model answers to a few fixed tokens, (7, V), fewer where its window or vocabulary is smaller. Any change
+    of its weights shows in it, to the bit."""
     device = next(model.parameters()).device
-    logits: Tensor = model.eval()(input_ids=torch.arange(7, device=device).unsqueeze(0), use_cache=False).logits
+    length = min(7, vocabulary_of(model), window_of(model) or 7)
+    logits: Tensor = model.eval()(input_ids=torch.arange(length, device=device).unsqueeze(0), use_cache=False).logits
     return logits[0].clone()
+
+
+def window_of(model: nn.Module) -> int | None:
+    """`max_position_embeddings` of a Transformers model's configuration, by whatever name it has it."""
+    window = getattr(_text_config(model), "max_position_embeddings", None)
+    return window if isinstance(window, int) and window > 0 else None
+
+
+def vocabulary_of(model: nn.Module) -> int:
+    """Entries of its vocabulary."""
+    return int(_text_config(model).vocab_size)
+
+
+def _text_config(model: nn.Module) -> Any:
+    config: Any = model.config
+    return config.get_text_config()

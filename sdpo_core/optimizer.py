@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 
 from sdpo_core.errors import AdapterError
 from sdpo_core.options import Options
@@ -36,8 +37,26 @@ def make_optimizer(policy: Policy, options: Options) -> AdamW:
     )
 
 
-def save_optimizer(policy: Policy, optimizer: AdamW, directory: Path) -> None:
+def use_optimizer(policy: Policy, optimizer: Optimizer, options: Options) -> None:
+    """Make ready for a batch: what `options` names (rate, and betas, eps and decay where the optimizer has them) is so.
+
+    Raises AdapterError `foreign_optimizer` when it is not over the policy's own parameters, all of them and no others:
+    it would train another adapter, or nothing.
+    """
+    named = policy.trainable()
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if held != {id(parameter) for _, parameter in named}:
+        raise _foreign("the optimizer is of another adapter: make it for this policy with make_optimizer")
+    wanted = {
+        "lr": options.learning_rate, "betas": options.betas, "eps": options.eps, "weight_decay": options.weight_decay,
+    }  # fmt: skip
+    for group in optimizer.param_groups:
+        group.update({name: value for name, value in wanted.items() if name in group})
+
+
+def save_optimizer(policy: Policy, optimizer: AdamW, directory: Path | str) -> None:
     """Write moments (safetensors) and step counts (JSON) of every parameter that has been stepped."""
+    directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
     steps: dict[str, int] = {}
@@ -53,17 +72,17 @@ def save_optimizer(policy: Policy, optimizer: AdamW, directory: Path) -> None:
     (directory / META_FILE).write_text(json.dumps(meta, indent=1, sort_keys=True) + "\n")
 
 
-def load_optimizer(policy: Policy, options: Options, directory: Path) -> AdamW:
+def load_optimizer(policy: Policy, options: Options, directory: Path | str) -> AdamW:
     """AdamW with the moments saved in `directory` and the hyperparameters of `options`.
 
     Raises AdapterError when files are missing or a name or shape does not match this adapter.
     """
-    steps, tensors = _read(directory)
+    steps, tensors = _read(Path(directory))
     optimizer = make_optimizer(policy, options)
     named = dict(policy.trainable())
     for name in steps:
         if name not in named:
-            raise AdapterError(f"the saved optimizer state has a parameter '{name}' that this adapter lacks")
+            raise _foreign(f"the saved optimizer state has a parameter '{name}' that this adapter lacks")
     for name, count in steps.items():
         parameter = named[name]
         moments = {m: _moment(tensors, f"{m}.{name}", parameter) for m in _MOMENTS}
@@ -75,15 +94,22 @@ def _read(directory: Path) -> tuple[dict[str, int], Mapping[str, Tensor]]:
     try:
         meta = json.loads((directory / META_FILE).read_text())
         tensors = load_file(directory / MOMENTS_FILE)
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"no readable optimizer state in {directory}: {error}") from error
-    if meta.get("format") != _FORMAT or meta.get("algorithm") != "adamw":
-        raise AdapterError(f"the optimizer state in {directory} has an unknown format")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _foreign(f"no readable optimizer state in {directory}: {error}") from error
+    known = isinstance(meta, dict) and meta.get("format") == _FORMAT and meta.get("algorithm") == "adamw"
+    if not known or not isinstance(meta.get("steps"), dict):
+        raise _foreign(f"the optimizer state in {directory} has an unknown format")
     return {str(k): int(v) for k, v in meta["steps"].items()}, tensors
 
 
 def _moment(tensors: Mapping[str, Tensor], key: str, parameter: Tensor) -> Tensor:
     value = tensors.get(key)
     if value is None or value.shape != parameter.shape:
-        raise AdapterError(f"the saved optimizer state '{key}' is missing or has another shape than the adapter")
+        raise _foreign(f"the saved optimizer state '{key}' is missing or has another shape than the adapter")
+    if not bool(torch.isfinite(value).all()):
+        raise _foreign(f"the saved optimizer state '{key}' holds values that are not finite")
     return value.to(device=parameter.device, dtype=parameter.dtype)
+
+
+def _foreign(message: str) -> AdapterError:
+    return AdapterError(message, code="foreign_optimizer")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal, get_args
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from sdpo_core.aggregation import Aggregation
 from sdpo_core.divergence import Outside, Support
 from sdpo_core.errors import OptionError
+from sdpo_core.signals import PolicyGradient
 
 if TYPE_CHECKING:
     from sdpo_core.options import Options
@@ -19,9 +22,65 @@ PathChoice = Literal["auto", "plain", "fast"]
 
 def check(o: Options) -> None:
     """Raises OptionError with the option's name and the reason."""
+    _check_types(o)
     _check_names(o)
     _check_bounds(o)
     _check_combinations(o)
+
+
+def _check_types(o: Options) -> None:
+    _typed(o)
+    rule: Any = o.policy_gradient
+    if rule is None:
+        return
+    if not isinstance(rule, PolicyGradient):
+        raise OptionError("policy_gradient", f"must be a PolicyGradient or None, not {_shown(rule)}")
+    _typed(rule, "policy_gradient.")
+
+
+def _typed(record: Any, prefix: str = "") -> None:
+    """Every field is of the plain type that it is annotated with; names are left to `_check_names`."""
+    for field in fields(record):
+        fits, what = _TYPES.get(str(field.type), (_anything, ""))
+        if not fits(value := getattr(record, field.name)):
+            raise OptionError(prefix + field.name, f"must be {what}, not {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    """Cut: what was given by mistake may be a whole text."""
+    said = repr(value)
+    return said if len(said) <= 60 else f"{said[:57]}..."
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and all(map(_is_number, value))
+
+
+def _anything(_: Any) -> bool:
+    return True
+
+
+_TYPES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "bool": (_is_bool, "True or False"),
+    "int": (_is_whole, "a whole number"),
+    "float": (_is_number, "a number"),
+    "int | None": (lambda value: value is None or _is_whole(value), "a whole number or None"),
+    "float | None": (lambda value: value is None or _is_number(value), "a number or None"),
+    "tuple[float, float]": (_is_pair, "a pair of numbers"),
+}
+"""By annotation."""
 
 
 def _check_names(o: Options) -> None:
@@ -30,8 +89,8 @@ def _check_names(o: Options) -> None:
         ("rollout_correction", RolloutCorrection), ("path", PathChoice),
     )  # fmt: skip
     for name, literal in choices:
-        if getattr(o, name) not in get_args(literal):
-            raise OptionError(name, f"must be one of {', '.join(get_args(literal))}")
+        if not isinstance(value := getattr(o, name), str) or value not in get_args(literal):
+            raise OptionError(name, f"must be one of {', '.join(get_args(literal))}, not {_shown(value)}")
 
 
 def _check_bounds(o: Options) -> None:
@@ -45,6 +104,7 @@ def _check_bounds(o: Options) -> None:
     _within("previous_kl_weight", o.previous_kl_weight, 0.0, 1e3)
     _within("top_entropy", o.top_entropy, 1e-3, 1.0, "a share of 0 trains nothing")
     _within("steps", o.steps, 1, 64)
+    _within("skip_tokens", o.skip_tokens, 0, 1 << 20)
     _within("stop_gap", o.stop_gap, 0.0, 1e3)
     _within("stop_gap_ratio", o.stop_gap_ratio, 0.0, 0.99)
     _within("micro_batch_tokens", o.micro_batch_tokens, 1, 1 << 24)

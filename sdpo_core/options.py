@@ -7,7 +7,7 @@ the option's name and the reason; `Options.cautions` names those that are merely
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from sdpo_core.aggregation import Aggregation
@@ -60,6 +60,9 @@ class Options:
     top_entropy: float = 1.0
     """Distil only this share of the batch's response tokens, those where the starting student's entropy is highest.
     The others stay in the denominators and under the anchors (as in TRL's GRPO)."""
+    skip_tokens: int = 0
+    """The first so many response tokens of each answer teach nothing and count nowhere, as if they stood in the prompt
+    (TRL's `num_loss_tokens_to_skip`). An answer that has no more is a row without tokens."""
     policy_gradient: PolicyGradient | None = None
     """An advantage with a ratio that carries gradient, in place of the sampled-token loss."""
     aggregation: Aggregation = "token-mean"
@@ -124,6 +127,8 @@ class Options:
             found.append(f"teacher: '{self.teacher}' follows the student; nothing holds it to the base: it can drift")
         if self.teacher == "ema" and self.teacher_rate > 0.5:
             found.append("teacher_rate: a fast moving average is nearly the student and drifts with it")
+        if self.teacher == "ema" and self.teacher_rate == 0:
+            found.append("teacher_rate: at 0 the moving average never moves and stays as it was made")
         if 0 < self.alpha < 1:
             found.append("alpha: a mixture has almost no gradient on tokens the student gives no probability")
         if self.support == "sampled":
@@ -131,8 +136,8 @@ class Options:
         return tuple(found)
 
     def replace(self, **changes: Any) -> Options:
-        """A copy with some options changed, checked again."""
-        return replace(self, **changes)
+        """A copy with some options changed, checked again. Raises OptionError, for an unknown name as well."""
+        return self.from_dict({**vars(self), **changes})
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, fit for JSON; `Options.from_dict` takes them back."""
@@ -140,13 +145,15 @@ class Options:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Options:
-        """Options from plain values; an unknown name is an error that names it."""
+        """Options from plain values. Raises OptionError that names what is unknown or of a wrong type."""
+        if not isinstance(values, Mapping):
+            raise OptionError("options", "must be a mapping of names to values")
         known = {f.name for f in fields(cls)}
         for name in values:
             if name not in known:
                 raise OptionError(name, "there is no such option")
         given = dict(values)
-        if "betas" in given:
+        if isinstance(given.get("betas"), list):
             given["betas"] = tuple(given["betas"])
         if isinstance(given.get("policy_gradient"), Mapping):
             given["policy_gradient"] = _policy_gradient(given["policy_gradient"])

@@ -7,8 +7,10 @@ continuation teaches noise; what it writes itself is right, and holds tokens tha
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
+from sdpo_core.batch_checks import check_readable
+from sdpo_core.errors import OptionError
 from sdpo_core.path_choice import out_of_memory, release_memory
 from sdpo_core.samples import Sample, micro_batches
 from sdpo_core.writing import Writer, teacher_written
@@ -35,8 +37,12 @@ def learnt_from(
     not reach its end is not learnt: with `teacher` the student's own stays in its place. `batch_tokens`: rows times
     longest prompt and answer of what is decoded together, one answer at least; half as many after a lack of memory.
     `on_written` hears after each group how many are done. Once `should_stop` is true, asked at each token, nothing
-    more is written.
+    more is written. Raises OptionError for another name, ContextTooLong and SampleError for samples that the model
+    cannot read.
     """
+    if rollouts not in get_args(Rollouts):
+        raise OptionError("rollouts", f"must be one of {', '.join(get_args(Rollouts))}")
+    check_readable(policy, samples)
     live = [i for i, sample in enumerate(samples) if sample.live]
     if rollouts == "own" or not live:
         return list(samples)

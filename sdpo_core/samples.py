@@ -8,18 +8,26 @@ model's earlier positions cannot see it; `TokenBatch.mask` says which response p
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from operator import index
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sdpo_core.errors import SampleError
 
+_ROUNDING = 1e-3
+"""A log-prob of certainty may be above 0 by so much."""
+
 
 @dataclass(frozen=True)
 class Sample:
-    """A rollout and what the teacher is told about it. Token ids are the engine's own, never re-tokenised."""
+    """A rollout and what the teacher is told about it. Token ids are the engine's own, never re-tokenised.
+
+    Lists, arrays and tensors of whole numbers are taken as well. Raises SampleError.
+    """
 
     prompt_ids: tuple[int, ...]
     """What the student sees before the response; at least one token."""
@@ -28,7 +36,8 @@ class Sample:
     teacher_prompt_ids: tuple[int, ...]
     """The same conversation with the feedback in it; the SAME response ids follow."""
     behaviour_logprobs: tuple[float, ...] | None = None
-    """Log-probs of the response under the policy that wrote it, one per response token; None = unknown."""
+    """Log-probs of the response under the policy that wrote it, one per response token, in nats, 0 at most (an engine's
+    rounding, 1e-3, is let pass); None = unknown."""
     taught: bool = True
     """False: there is no usable feedback, the sample is counted and teaches nothing."""
     teacher_written: bool = False
@@ -37,12 +46,15 @@ class Sample:
     """A reward's advantage for the whole answer; used by `PolicyGradient.reward_weight` only."""
 
     def __post_init__(self) -> None:
+        for name in ("prompt_ids", "response_ids", "teacher_prompt_ids"):
+            object.__setattr__(self, name, _token_ids(name, getattr(self, name)))
         if not self.prompt_ids or not self.teacher_prompt_ids:
             raise SampleError("a prompt needs at least one token before the response")
-        if not math.isfinite(self.reward_advantage):
+        if not math.isfinite(_number("reward_advantage", self.reward_advantage)):
             raise SampleError("reward_advantage is not finite")
         if self.behaviour_logprobs is None:
             return
+        object.__setattr__(self, "behaviour_logprobs", _log_probs(self.behaviour_logprobs))
         if self.teacher_written:
             raise SampleError("an answer that the teacher wrote has no log-probs under the student: leave them out")
         given, needed = len(self.behaviour_logprobs), len(self.response_ids)
@@ -50,6 +62,8 @@ class Sample:
             raise SampleError(f"{given} behaviour log-probs for a response of {needed} tokens")
         if not all(math.isfinite(x) for x in self.behaviour_logprobs):
             raise SampleError("a behaviour log-prob is not finite; give None for the sample if one is missing")
+        if max(self.behaviour_logprobs, default=0.0) > _ROUNDING:
+            raise SampleError("a behaviour log-prob is above 0: give natural logarithms of probabilities")
 
     @property
     def live(self) -> bool:
@@ -59,6 +73,50 @@ class Sample:
     @property
     def student_length(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
+
+    @property
+    def teacher_length(self) -> int:
+        return len(self.teacher_prompt_ids) + len(self.response_ids)
+
+    def without_first(self, tokens: int) -> Sample:
+        """The same answer whose first tokens teach nothing: they stand at the end of both prompts."""
+        if tokens == 0:
+            return self
+        given, known = self.response_ids[:tokens], self.behaviour_logprobs
+        return replace(
+            self,
+            prompt_ids=self.prompt_ids + given,
+            response_ids=self.response_ids[tokens:],
+            teacher_prompt_ids=self.teacher_prompt_ids + given,
+            behaviour_logprobs=None if known is None else known[tokens:],
+        )
+
+
+def _token_ids(name: str, given: Iterable[Any]) -> tuple[int, ...]:
+    """Raises SampleError for what is no row of whole numbers from 0."""
+    try:
+        ids = tuple(map(index, given))
+    except TypeError as error:
+        raise SampleError(f"{name} must be a row of token ids, whole numbers: {error}") from error
+    if min(ids, default=0) < 0:
+        raise SampleError(f"{name} holds {min(ids)}: token ids count from 0", code="unknown_token")
+    return ids
+
+
+def _log_probs(given: Iterable[Any]) -> tuple[float, ...]:
+    try:
+        return tuple(_number("a behaviour log-prob", x) for x in given)
+    except TypeError as error:
+        raise SampleError(f"behaviour_logprobs must be a row of numbers: {error}") from error
+
+
+def _number(name: str, given: Any) -> float:
+    if given is None or isinstance(given, str | bytes):
+        raise SampleError(f"{name} is {given!r}, no number; give None for the sample if log-probs are missing")
+    try:
+        return float(given)
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a tensor of many
+        raise SampleError(f"{name} is no number: {error}") from error
 
 
 @dataclass(frozen=True)

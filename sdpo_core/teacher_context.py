@@ -20,8 +20,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-Message = Mapping[str, str]
+from sdpo_core.errors import SampleError
+from sdpo_core.messages import listed, text_of
+
+Message = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,15 @@ DEFAULT_TEMPLATE = ContextTemplate()
 
 
 def usable_remarks(remarks: Sequence[str]) -> list[str]:
-    """Drop blank remarks and exact repeats; of a repeat the newest place is kept. Order: oldest first."""
+    """Drop blank remarks and exact repeats; of a repeat the newest place is kept. Order: oldest first.
+
+    Raises SampleError `bad_remark` for one string in the place of a list, and for a remark that is no string.
+    """
+    if isinstance(remarks, str):
+        raise SampleError("remarks are a list: put the one remark into one", code="bad_remark")
+    for remark in remarks:
+        if not isinstance(remark, str):
+            raise SampleError(f"a remark is text, not {type(remark).__name__}", code="bad_remark")
     newest_first = dict.fromkeys(r.strip() for r in reversed(remarks) if r.strip())
     return list(reversed(newest_first))
 
@@ -46,6 +58,8 @@ def feedback_block(
     remarks: Sequence[str], demonstration: str | None = None, template: ContextTemplate = DEFAULT_TEMPLATE
 ) -> str:
     """The text appended to the prompt; empty when there is nothing to tell."""
+    if demonstration is not None and not isinstance(demonstration, str):
+        raise SampleError(f"a demonstration is text, not {type(demonstration).__name__}", code="bad_remark")
     parts = []
     if told := usable_remarks(remarks):
         parts.append("\n".join([template.header, *(template.bullet + r for r in told)]))
@@ -59,18 +73,19 @@ def teacher_messages(
     remarks: Sequence[str],
     demonstration: str | None = None,
     template: ContextTemplate = DEFAULT_TEMPLATE,
-) -> list[dict[str, str]]:
-    """The teacher's conversation: `messages` with the block appended to the last user turn.
+) -> list[dict[str, Any]]:
+    """The teacher's conversation: `messages` with the block appended to the last user turn, whose content is then text
+    (the text parts of a content in parts; sdpo_core.messages).
 
     With nothing usable to tell, the conversation comes back unchanged (the caller masks such a sample: it teaches
-    nothing). Raises ValueError when there is no user turn to attach the block to.
+    nothing). Raises SampleError when there is no user turn to attach the block to, or one that is no text.
     """
-    told = [dict(m) for m in messages]
+    told = listed(messages)
     block = feedback_block(remarks, demonstration, template)
     if not block:
         return told
-    for message in reversed(told):
-        if message["role"] == "user":
-            message["content"] = f"{message['content']}\n\n{block}"
+    for i, message in reversed(list(enumerate(told))):
+        if message.get("role") == "user":
+            message["content"] = f"{text_of(message.get('content'), f'message {i}')}\n\n{block}"
             return told
-    raise ValueError("the conversation has no user message to attach feedback to")
+    raise SampleError("the conversation has no user message to attach feedback to", code="bad_message")

@@ -20,9 +20,9 @@ def withdraw(standing: Sequence[str], remark: str) -> tuple[str, ...]:
     """The remarks that stand without `remark`, oldest first. Blank space around it does not matter.
 
     Raises RemarkError when it does not stand: remarks that said the same were dropped in favour of one of them, whose
-    words are the ones to withdraw.
+    words are the ones to withdraw. Raises SampleError for remarks that are no text.
     """
-    stand, gone = usable_remarks(standing), remark.strip()
+    stand, gone = usable_remarks(standing), "".join(usable_remarks([remark]))
     if gone not in stand:
         raise RemarkError(gone, tuple(stand))
     return tuple(r for r in stand if r != gone)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from benchmarks.step.baseline import baseline_batch
 from benchmarks.step.shapes import OPTIONS, Case
 from sdpo_core import make_optimizer, teacher_targets, train_batch
-from sdpo_core.divergence import Target
+from sdpo_core.identity import TeacherTarget
 from sdpo_core.options import Options
 
-Targets = Sequence[Target] | None
+Targets = Sequence[TeacherTarget] | None
 
 
 @dataclass(frozen=True)

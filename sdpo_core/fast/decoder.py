@@ -16,12 +16,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from sdpo_core.fast.head import Head
 from sdpo_core.fast.lora_linear import fused_lora
 from sdpo_core.fast.packing import PackedBatch, attention_arguments, pack, packed_attention
+from sdpo_core.fast.windows import NARROW, has_window, narrow_windows
 from sdpo_core.lowrank import LowRank
 from sdpo_core.policy import Policy
 
 _PROBES = ((0, 1, 2, 3, 4), (3, 1, 2))
-_LONGEST_PROBE = 512
-"""Tokens: a window up to this is tried out, a wider one is the plain path's."""
+_BEYOND_WINDOW = tuple(i % 5 for i in range(NARROW + 5))
 
 
 @runtime_checkable
@@ -99,38 +99,50 @@ def obstacle_in(model: PreTrainedModel) -> str:
     """Whether decoder and head, apart and packed, give what the whole model gives: tried on a few tokens.
 
     The head must give the model's logits from what the model gives it; the packed decoder must give that, up to
-    rounding. A soft cap, a scale, an unknown attention show here.
+    rounding, and whatever the sequence before it in the row. A soft cap, a scale, an unknown attention show here.
     """
     try:
         head = head_of(model)
         probes = _probes(model)
-        batch = pack([p[:-1] for p in probes], [p[-1:] for p in probes], model.device)
-        found_NH = hidden_states(model, batch)
-    except (TypeError, ValueError, KeyError, AttributeError, NotImplementedError) as error:
+        with narrow_windows(model):
+            found_NH = _packed_states(model, probes)
+            beside_NH = _packed_states(model, (probes[0][::-1], *probes[1:]))
+            expected = [_last_position(model, probe[:-1]) for probe in probes]
+    except torch.OutOfMemoryError:
+        raise
+    except (
+        TypeError, ValueError, KeyError, IndexError, AttributeError, NotImplementedError, RuntimeError,
+    ) as error:  # fmt: skip
         return f"the model cannot be packed: {error}"
-    for row, probe in enumerate(probes):
-        state_H, logits_V = _last_position(model, probe[:-1])
+    tolerance = 1e-4 if found_NH.dtype == torch.float32 else 5e-2
+    for found_H, (state_H, logits_V) in zip(found_NH, expected, strict=True):
         if not _close(head.logits(state_H), logits_V, 1e-3):
             return "the model's logits are not its output layer's alone"
-        if not _close(found_NH[row], state_H, 1e-4 if state_H.dtype == torch.float32 else 5e-2):
+        if not _close(found_H, state_H, tolerance):
             return "the model attends in a way that packing does not know"
+    if not _close(beside_NH[1:], found_NH[1:], tolerance / 100):
+        return "the model lets packed sequences see each other"
     return ""
 
 
+def _packed_states(model: PreTrainedModel, probes: tuple[tuple[int, ...], ...]) -> Tensor:
+    """What the packed decoder gives at the last position of each, (probes, H)."""
+    return hidden_states(model, pack([p[:-1] for p in probes], [p[-1:] for p in probes], model.device))
+
+
 def _probes(model: PreTrainedModel) -> tuple[tuple[int, ...], ...]:
-    """Two short texts, and one longer than the window where attention has one: some models let attention know it by the
-    mask alone, which a packed batch does not have. Raises ValueError for a window too wide to try."""
-    window = _window(model)
-    if window <= _LONGEST_PROBE:
-        return (*_PROBES, tuple(i % 5 for i in range(window + 5))) if window else _PROBES
-    raise ValueError(f"its attention window of {window} tokens is too wide to try")
-
-
-def _window(model: PreTrainedModel) -> int:
-    """Tokens that a position sees at most, by the configuration; 0: all."""
-    config = model.config.get_text_config()
-    named = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
-    return max((w for w in named if isinstance(w, int)), default=0)
+    """Two short texts, and where attention has a window one longer than that: some models let attention know it by the
+    mask alone, which a packed batch does not have. Raises ValueError for an attention that nobody can exchange or a
+    window that cannot be tried out."""
+    if not model._can_set_attn_implementation():
+        raise ValueError("its attention is its own, not one of Transformers' exchangeable functions")
+    if not has_window(model):
+        return _PROBES
+    wide_V = _last_position(model, _BEYOND_WINDOW)[1]
+    with narrow_windows(model):
+        if torch.equal(_last_position(model, _BEYOND_WINDOW)[1], wide_V):
+            raise ValueError("its attention window cannot be tried out")
+    return (*_PROBES, _BEYOND_WINDOW)
 
 
 def _last_position(model: PreTrainedModel, ids: tuple[int, ...]) -> tuple[Tensor, Tensor]:

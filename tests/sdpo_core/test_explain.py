@@ -7,7 +7,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
-from sdpo_core import Explanation, LoraPolicy, LoraSpec, Options, Sample, attach_lora, explain, make_optimizer
+from sdpo_core import (
+    Explanation,
+    LoraPolicy,
+    LoraSpec,
+    Options,
+    Sample,
+    SampleError,
+    attach_lora,
+    explain,
+    make_optimizer,
+)
 from sdpo_core import train_batch as train
 from sdpo_core.policy import response_logits
 from sdpo_core.samples import token_batch
@@ -105,7 +115,7 @@ def test_the_effect_is_that_of_what_the_teacher_is_not_told_otherwise(
         assert [t.distance for t in answer.tokens] == pytest.approx([t.distance for t in before.tokens])
     told = explain(policy, tokenizer, SAMPLES, OPTIONS, untold_prompts=[s.teacher_prompt_ids for s in SAMPLES])
     assert told.acting_tokens == 0.0
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(SampleError, match="1 untold prompts"):
         explain(policy, tokenizer, SAMPLES, OPTIONS, untold_prompts=stands[:1])
 
 

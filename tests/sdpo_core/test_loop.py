@@ -111,8 +111,8 @@ def test_first_step_equals_the_slow_formula(base: Qwen3ForCausalLM) -> None:
     gradients = torch.autograd.grad(loss, parameters)
     norm = float(torch.stack([g.double().square().sum() for g in gradients]).sum().sqrt())
     before = weights(policy)
-    options = OPTIONS.replace(steps=1, base_kl_weight=0.3, max_grad_norm=1e6, micro_batch_tokens=20)
-    result = train_batch(policy, torch.optim.SGD(parameters, lr=0.1), samples, options)
+    options = OPTIONS.replace(steps=1, base_kl_weight=0.3, max_grad_norm=1e6, micro_batch_tokens=20, learning_rate=0.1)
+    result = train_batch(policy, torch.optim.SGD(parameters), samples, options)
     assert result.steps[0].loss == pytest.approx(float(loss.detach()), rel=1e-5)
     assert result.steps[0].grad_norm == pytest.approx(norm, rel=1e-4)
     for (name, after), gradient in zip(weights(policy).items(), gradients, strict=True):

@@ -99,7 +99,8 @@ def test_dead_rows_dilute_trls_mean_and_no_other(policy: LoraPolicy) -> None:
 def test_gradients_are_scaled_to_the_wanted_norm(policy: LoraPolicy) -> None:
     parameters = [p for _, p in policy.trainable()]
     before = [p.detach().clone() for p in parameters]
-    result = train_batch(policy, torch.optim.SGD(parameters, lr=1.0), SAMPLES, OPTIONS.replace(max_grad_norm=1e-3))
+    options = OPTIONS.replace(max_grad_norm=1e-3, learning_rate=1.0)
+    result = train_batch(policy, torch.optim.SGD(parameters), SAMPLES, options)
     moved = math.sqrt(
         sum(float((p.detach() - b).double().square().sum()) for p, b in zip(parameters, before, strict=True))
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import pickle
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -61,6 +63,40 @@ def test_refused_by_name_with_a_reason(option: str, values: dict[str, Any]) -> N
         Options(**values)
     assert caught.value.option == option
     assert caught.value.reason
+
+
+@pytest.mark.parametrize("value", [None, "1", [1], {}, True, 1.5, object(), "x" * 500])
+@pytest.mark.parametrize("option", [f.name for f in fields(Options)])
+def test_no_type_passes_or_fails_unnamed(option: str, value: Any) -> None:
+    """Either the value is one that the option takes, or the option's name is said."""
+    made, error = tried(option, value)
+    if error is not None:
+        assert (error.option.split(".")[0], error.code) == (option, "option_refused")
+        assert len(str(error)) < 250
+    if made is not None:
+        default, given = getattr(Options(), option), getattr(made, option)
+        assert given is None or isinstance(given, float | int if isinstance(default, float) else type(default))
+        json.dumps(made.as_dict())
+
+
+def tried(option: str, value: Any) -> tuple[Options | None, OptionError | None]:
+    try:
+        return Options.from_dict({option: value}), None
+    except OptionError as error:
+        return None, error
+
+
+@pytest.mark.parametrize("betas", [5, "ab", [0.9], [0.9, 0.99, 0.999], ["a", "b"], None])
+def test_betas_are_a_pair(betas: Any) -> None:
+    with pytest.raises(OptionError, match="betas"):
+        Options.from_dict({"betas": betas})
+
+
+def test_errors_survive_another_process() -> None:
+    with pytest.raises(OptionError) as caught:
+        Options(steps=0)
+    again = pickle.loads(pickle.dumps(caught.value))  # noqa: S301 - our own
+    assert (str(again), again.option, again.code) == (str(caught.value), "steps", "option_refused")
 
 
 def test_claas_at_alpha_zero_is_refused_and_at_one_is_the_sampled_branch() -> None:
@@ -124,11 +160,17 @@ def test_round_trip_and_unknown_names() -> None:
 def test_changes_are_checked_again() -> None:
     with pytest.raises(OptionError):
         Options().replace(alpha=2.0)
+    with pytest.raises(OptionError, match="no such option"):
+        Options().replace(alfa=0.5)
+    online = PRESETS["user_interactions_online"]
+    assert online.replace(steps=2).policy_gradient == online.policy_gradient
 
 
 def test_cautions_name_the_risk() -> None:
     assert any("teacher_mix" in c for c in Options(teacher_mix=1.0).cautions)
     assert any("teacher" in c for c in Options(teacher="live").cautions)
     assert any("teacher_rate" in c for c in Options(teacher="ema", teacher_rate=0.9).cautions)
+    assert any("never moves" in c for c in Options(teacher="ema", teacher_rate=0.0).cautions)
+    assert Options(teacher_rate=0.0).cautions == ()
     assert any("alpha" in c for c in Options(alpha=0.5).cautions)
     assert any("support" in c for c in Options(alpha=1.0, support="sampled", top_k=None).cautions)

@@ -28,7 +28,7 @@ from sdpo_core import (
     OptionError,
     Options,
     Sample,
-    SampleError,
+    TargetError,
     TokenBatch,
     attach_lora,
     detach,
@@ -144,8 +144,8 @@ def test_four_steps_with_the_ratio_clipped_to_1e_5() -> None:
     gradients, clipped = [], []
     for path in ("fast", "plain"):
         policy = adapter(model())
-        options = OPTIONS.replace(path=path, alpha=0.5, max_grad_norm=1e6)
-        optimizer = torch.optim.SGD([p for _, p in policy.trainable()], lr=0.05)
+        options = OPTIONS.replace(path=path, alpha=0.5, max_grad_norm=1e6, learning_rate=0.05)
+        optimizer = torch.optim.SGD([p for _, p in policy.trainable()])
         steps = train_batch(policy, optimizer, batch(), options).steps
         clipped.append([s.clip_fraction for s in steps])
         gradients.append(torch.cat([p.grad.flatten() for _, p in policy.trainable() if p.grad is not None]))
@@ -184,7 +184,7 @@ def test_a_window_that_only_the_mask_knows_is_noticed() -> None:
         "shared_expert_intermediate_size": 16, "num_experts": 2, "num_experts_per_tok": 1,
         "use_sliding_window": True, "max_window_layers": 1, "initializer_range": 0.3,
     }  # fmt: skip
-    for window in (8, 1024):  # tried out, and too wide to try
+    for window in (8, 1024):
         torch.manual_seed(0)
         config = Qwen2MoeConfig(**shape, sliding_window=window)
         policy = attach_lora(Qwen2MoeForCausalLM(config).eval(), LoraSpec(target_modules=("q_proj", "v_proj")))
@@ -334,9 +334,9 @@ def test_teacher_scored_ahead() -> None:
     same_metrics(
         train_batch(mute, make_optimizer(mute, options), batch(), options, targets=targets), whole.result, 1e-6
     )
-    with pytest.raises(SampleError, match="targets for"):
+    with pytest.raises(TargetError, match="targets for"):
         train_batch(policy, make_optimizer(policy, options), batch(), options, targets=targets[:-1])
-    with pytest.raises(SampleError, match="a target of"):
+    with pytest.raises(TargetError, match="another answer"):
         train_batch(policy, make_optimizer(policy, options), batch(), options, targets=targets[::-1])
     with pytest.raises(OptionError, match="teacher"):
         teacher_targets(policy, batch(), options.replace(teacher="live"))
