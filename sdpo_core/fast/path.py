@@ -126,7 +126,7 @@ class FastPath(Scorer):
         hidden_NH = self._model.hidden(batch, adapter=True, checkpointing=self.options.checkpointing)
         terms, gradient_NH = loss_and_gradient(
             head, hidden_NH, batch.response_ids_N, joined(part.targets), self._inputs(part), self._loss_spec(),
-            self._chunk(head),
+            self.options.chunk_tokens or 0,
         )  # fmt: skip
         torch.autograd.backward(hidden_NH, gradient_NH)
         rows = split(terms, batch.response_lengths)
