@@ -23,6 +23,7 @@ from sdpo_core.fast.records import joined, narrowed
 from sdpo_core.fast.rows import RowStats
 from sdpo_core.fast.rows_triton import rows_for
 from sdpo_core.fast.tiles import head_stats
+from sdpo_core.signals import PolicyGradient
 from sdpo_core.terms import BASE_DISTANCE, StudentView, TokenTerms, clean, terms_of
 
 R = TypeVar("R")
@@ -62,6 +63,8 @@ class RowInputs:
     base_target: Target | None = None
     previous_logp_N: Tensor | None = None
     token_weights_N: Tensor | None = None
+    advantage_N: Tensor | None = None
+    """Under a policy gradient."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ class LossSpec:
     is_clip: float | None
     base_kl_weight: float = 0.0
     previous_kl_weight: float = 0.0
+    policy_gradient: PolicyGradient | None = None
 
     @property
     def sparse(self) -> bool:
@@ -100,6 +104,12 @@ def scored(
         for start, length in chunks(len(ids_N), size)
     ]
     return joined(parts)
+
+
+def response_logp(logits_NV: Tensor, ids_N: Tensor) -> Target:
+    """Log-probs of the response tokens of a chunk, as a record with `logp` (N,)."""
+    stats = rows_for(logits_NV).row_stats(logits_NV, ids_N.new_empty(len(ids_N), 0), ids_N)
+    return Target((stats.chosen_N - stats.lse_N).clamp(min=dv.LOGP_FLOOR))
 
 
 def kept_teacher(logits_NV: Tensor, ids_N: Tensor, spec: DivergenceSpec) -> Target:
@@ -158,7 +168,7 @@ def _chunk(
     terms = terms_of(
         view, target, on_N, spec.divergence, is_clip=spec.is_clip, behaviour_BT=inputs.behaviour_N,
         base_logp_BT=inputs.base_logp_N, previous_logp_BT=inputs.previous_logp_N,
-        token_weights_BT=inputs.token_weights_N,
+        token_weights_BT=inputs.token_weights_N, policy_gradient=spec.policy_gradient, advantage_BT=inputs.advantage_N,
     )  # fmt: skip
     loss = (terms.loss(spec.base_kl_weight, spec.previous_kl_weight) * inputs.weights_N).sum()
     slopes = leaves.slopes(loss)
