@@ -230,7 +230,8 @@ def _through_head(
     at_index_NK = at_index_NK + lse_N.unsqueeze(-1) * (stats.picked_NK - stats.lse_N.unsqueeze(-1)).exp()
     spread_N = lse_N + _over_rest(_or(slopes.rest_N, zeros_N), stats)
     grad_NV = rows_for(logits_NV).row_grad_(
-        logits_NV, stats.lse_N.detach(), spread_N.detach(), index_NK, at_index_NK.detach(), ids_N, chosen_N
+        logits_NV, stats.top_N, (spread_N * (-stats.lse_N).exp()).detach(), index_NK, at_index_NK.detach(), ids_N,
+        chosen_N,
     )  # fmt: skip
     return grad_NV.to(weight_VH.dtype) @ weight_VH
 

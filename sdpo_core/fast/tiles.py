@@ -36,7 +36,7 @@ def head_stats(
         places = kept.read(number, logits_NW)
         chosen.read(number, logits_NW)
         sums.add_(logits_NW, places)
-    return sums.stats(kept.found_NK, chosen.found_NK.squeeze(-1))
+    return sums.stats(kept.values, chosen.values.squeeze(-1))
 
 
 def _tiles(
@@ -75,7 +75,7 @@ class _Places:
         return places
 
     @property
-    def found_NK(self) -> Tensor:
+    def values(self) -> Tensor:
         assert self.found is not None  # noqa: S101 - there is a tile at least
         return self.found.view(self.shape)
 
@@ -101,15 +101,16 @@ class _Sums:
         self.top_N1 = top_N1
 
     def stats(self, picked_NK: Tensor, chosen_N: Tensor) -> RowStats:
-        top_N = self.top_N1.squeeze(-1)
-        whole_N = self.rest_N + (picked_NK - self.top_N1).exp_().sum(-1)
-        lse_N = top_N + whole_N.log()
+        top_N, picked_NK = self.top_N1.squeeze(-1), picked_NK - self.top_N1
+        whole_N = self.rest_N + picked_NK.exp().sum(-1)
+        lse_N = whole_N.log()
         return RowStats(
+            top_N=top_N,
             lse_N=lse_N,
             picked_NK=picked_NK,
-            chosen_N=chosen_N,
-            entropy_N=(lse_N - self.inner_N / whole_N).clamp(min=0.0),
-            rest_N=top_N + self.rest_N.log(),
+            chosen_N=chosen_N - top_N,
+            entropy_N=(lse_N + top_N - self.inner_N / whole_N).clamp(min=0.0),
+            rest_N=self.rest_N.log(),
         )
 
 
