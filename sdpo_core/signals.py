@@ -104,7 +104,7 @@ class PolicyGradient:
     """PPO's clip of r to [1 - low, 1 + high]; None = none."""
 
 
-def policy_gradient_loss(
+def advantages_of(
     logp_BT: Tensor,
     teacher_BT: Tensor,
     behaviour_BT: Tensor,
@@ -112,10 +112,12 @@ def policy_gradient_loss(
     rule: PolicyGradient,
     rewards_B: Tensor | None = None,
 ) -> Tensor:
-    """Per-token loss (B, T) of `rule`, gradient into `logp_BT` only. `rewards_B`: one reward advantage per row."""
-    on_BT = mask_BT.bool()
-    reference_BT = logp_BT.detach() if rule.reference == "student" else behaviour_BT.detach()
-    teacher_BT = teacher_BT.detach()
+    """Advantage of each token (B, T), detached. A row must be a whole answer: gain and centre are means over it.
+
+    `rewards_B`: one reward advantage per row.
+    """
+    on_BT, logp_BT, teacher_BT = mask_BT.bool(), logp_BT.detach(), teacher_BT.detach()
+    reference_BT = logp_BT if rule.reference == "student" else behaviour_BT.detach()
     if rule.gain_target is not None:
         gaps = (teacher_BT - reference_BT).unbind(0)
         gains = [gain_of(g_T[on_T], rule.gain_target, rule.max_gain) for g_T, on_T in zip(gaps, on_BT, strict=True)]
@@ -125,11 +127,27 @@ def policy_gradient_loss(
     advantage_BT = combined_advantage(
         teacher_BT, reference_BT, reward_B1, distill_weight=rule.distill_weight, reward_weight=rule.reward_weight
     )
-    if rule.centre:
-        advantage_BT = centred(advantage_BT, on_BT)
+    return centred(advantage_BT, on_BT) if rule.centre else advantage_BT
+
+
+def advantage_loss(logp: Tensor, behaviour: Tensor, advantage: Tensor, rule: PolicyGradient) -> Tensor:
+    """Per-token loss of `rule` under given advantages, of any one shape; gradient into `logp` only."""
     if rule.clip_low is None or rule.clip_high is None:
-        return -((logp_BT - behaviour_BT.detach()).exp() * advantage_BT)
-    return clipped_policy_loss(logp_BT, behaviour_BT, advantage_BT, rule.clip_low, rule.clip_high)
+        return -((logp - behaviour.detach()).exp() * advantage)
+    return clipped_policy_loss(logp, behaviour, advantage, rule.clip_low, rule.clip_high)
+
+
+def policy_gradient_loss(
+    logp_BT: Tensor,
+    teacher_BT: Tensor,
+    behaviour_BT: Tensor,
+    mask_BT: Tensor,
+    rule: PolicyGradient,
+    rewards_B: Tensor | None = None,
+) -> Tensor:
+    """`advantage_loss` under `advantages_of`, (B, T)."""
+    advantage_BT = advantages_of(logp_BT, teacher_BT, behaviour_BT, mask_BT, rule, rewards_B)
+    return advantage_loss(logp_BT, behaviour_BT, advantage_BT, rule)
 
 
 def shifted_for_next_token(values_T: Tensor, prompt_length: int) -> Tensor:

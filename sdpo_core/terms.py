@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sdpo_core import divergence as dv
 from sdpo_core.divergence import DivergenceSpec, Target
-from sdpo_core.signals import PolicyGradient, policy_gradient_loss
+from sdpo_core.signals import PolicyGradient, advantage_loss, advantages_of
 from sdpo_core.weights import bounded_log_ratio, importance_ratio, k3
 
 BASE_DISTANCE = DivergenceSpec(alpha=1.0, support="teacher", top_k=100, outside="tail")
@@ -121,8 +121,12 @@ def terms_of(
     token_weights_BT: Tensor | None = None,
     policy_gradient: PolicyGradient | None = None,
     rewards_B: Tensor | None = None,
+    advantage_BT: Tensor | None = None,
 ) -> TokenTerms:
-    """`token_terms` from what was read of the student; `target` is clean, `on_BT` boolean."""
+    """`token_terms` from what was read of the student; `target` is clean, `on_BT` boolean.
+
+    `advantage_BT`: where the rows are no whole answers, those of the `policy_gradient`, computed from whole ones.
+    """
     logp_BT = view.logp.detach()
     behaviour = logp_BT
     if behaviour_BT is not None:
@@ -130,7 +134,9 @@ def terms_of(
     ratio = importance_ratio(logp_BT, behaviour, is_clip)
     distill = view.divergence * ratio
     if policy_gradient is not None:
-        distill = policy_gradient_loss(view.logp, target.logp, behaviour, on_BT, policy_gradient, rewards_B)
+        if advantage_BT is None:
+            advantage_BT = advantages_of(logp_BT, target.logp, behaviour, on_BT, policy_gradient, rewards_B)
+        distill = advantage_loss(view.logp, behaviour, advantage_BT, policy_gradient)
     if token_weights_BT is not None:
         distill = distill * token_weights_BT.detach().float()
     gap = k3(target.logp, logp_BT) if spec.support == "sampled" else view.divergence.detach()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
+from sdpo_core.fast.decoder import obstacle_in
 from worker.memory import ModelShape, Quantise, read_shape
 from worker.settings import Device, Dtype
 
@@ -29,6 +31,13 @@ class BaseModel:
     """Most tokens of one micro-batch."""
     shape: ModelShape | None = None
     """For plans by the memory that is free; None where the model is of an unknown form."""
+
+    @cached_property
+    def fast_obstacle(self) -> str:
+        """Why the fast path cannot take this model (sdpo_core.fast.decoder); empty when it can. Asked while bare."""
+        if not isinstance(self.module, PreTrainedModel):
+            return "no model of Transformers"
+        return obstacle_in(self.module)
 
     @property
     def device(self) -> torch.device:

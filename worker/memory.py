@@ -1,7 +1,7 @@
 """How much memory training and serving need, as arithmetic over a model's shape. Imports no torch.
 
 All sizes are bytes. Where a formula comes from, and what was measured, is said at each; docs/operations.md has the
-table. Estimates are for one micro-batch at its largest, the plain loss, and no gradient checkpointing.
+table. Estimates are for one micro-batch at its largest and no gradient checkpointing.
 """
 
 from __future__ import annotations
@@ -22,8 +22,12 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / 64 / 256
 LORA_STATE_BYTES = 16
 """Per adapter weight, all float32: the weight, its gradient and AdamW's two moments."""
 LOGIT_BYTES = {4: 36, 2: 33}
-"""Per response token and vocabulary entry, by bytes of the model's dtype. Measured as peak resident memory of
-`train_batch` (default options) for 32,768 and 65,536 entries: 9.0 float32 copies, in bfloat16 8.1."""
+"""Of the plain path, per response token and vocabulary entry, by bytes of the model's dtype. Measured as peak resident
+memory of `train_batch` (default options) for 32,768 and 65,536 entries: 9.0 float32 copies, in bfloat16 8.1."""
+CHUNK_LOGITS, LEAST_CHUNK = 1 << 23, 16
+"""Of the fast path: logits at a time, and response tokens at least (sdpo_core.fast.head's numbers)."""
+LOGIT_COPIES = 6
+"""float32 tensors of a chunk's size at a time, at most: when a teacher with a tail bucket is scored."""
 HELD_MORE = {"cpu": 2.2, "cuda": 1.15}
 """What the allocator holds over what is saved for the backward pass. cpu: measured with glibc, 2.1 in float32 and 1.7
 in bfloat16 (1.0 when every block is unmapped at once). cuda: an allowance, not measured."""
@@ -83,6 +87,8 @@ class Training:
     """Of one micro-batch, prompts and responses together. A single sample that is longer is not in the plan."""
     response_tokens: int | None = None
     """Of one micro-batch: those that logits are computed for; None: half of them."""
+    path: Literal["plain", "fast"] = "fast"
+    """Which of sdpo_core's computes the loss."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +172,16 @@ def base_bytes(shape: ModelShape, dtype_bytes: int, quantise: Quantise) -> int:
     return int(shape.layer_matrices * NF4_BYTES) + (shape.parameters - shape.layer_matrices) * dtype_bytes
 
 
+def plain_logit_bytes(shape: ModelShape, responses: int, dtype_bytes: int) -> int:
+    """Everything as wide as the vocabulary on the plain path, of a micro-batch with so many response tokens."""
+    return responses * shape.vocabulary * LOGIT_BYTES[dtype_bytes]
+
+
+def chunk_bytes(shape: ModelShape) -> int:
+    """The logits of one chunk on the fast path, whatever the batch."""
+    return max(LEAST_CHUNK * shape.vocabulary, CHUNK_LOGITS) * 4 * LOGIT_COPIES
+
+
 def training_needs(shape: ModelShape, t: Training) -> dict[str, int]:
     """Bytes by purpose, on the device that trains."""
     responses = t.batch_tokens // 2 if t.response_tokens is None else min(t.response_tokens, t.batch_tokens)
@@ -176,7 +192,7 @@ def training_needs(shape: ModelShape, t: Training) -> dict[str, int]:
         "base": base_bytes(shape, t.dtype_bytes, t.quantise),
         "adapter and optimizer": LORA_STATE_BYTES * adapter_weights(shape, t.rank, t.modules),
         "activations": int(saved * HELD_MORE[t.device]),
-        "logits": responses * shape.vocabulary * LOGIT_BYTES[t.dtype_bytes],
+        "logits": chunk_bytes(shape) if t.path == "fast" else plain_logit_bytes(shape, responses, t.dtype_bytes),
     }
     if t.quantise == "4bit":  # one matrix at a time is unpacked
         needs["unpacking"] = max(a * b for a, b in shape.modules().values()) * t.dtype_bytes

@@ -1,24 +1,32 @@
 """How much of a batch to compute at a time: chosen for each job from the memory that is free, the model and the batch.
 
-Arithmetic over worker.memory's formulas, for the fast path: hidden states of every layer, and the logits of one chunk.
+Arithmetic over worker.memory's formulas for the path that will run: hidden states of every layer, and the logits of one
+chunk on the fast path, of a micro-batch on the plain one.
 What it gets wrong is made good by sdpo_core.path_choice, which goes on with less when memory does run out.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
 
-from sdpo_core.fast.head import chunk_tokens
+from sdpo_core.fast.path import option_obstacle
 from sdpo_core.options import Options
 from sdpo_core.samples import Sample
 from worker.base_model import BaseModel
 from worker.machine import host_memory
-from worker.memory import HELD_MORE, LORA_STATE_BYTES, ModelShape, activation_bytes, adapter_weights
+from worker.memory import (
+    HELD_MORE,
+    LORA_STATE_BYTES,
+    ModelShape,
+    activation_bytes,
+    adapter_weights,
+    chunk_bytes,
+    plain_logit_bytes,
+)
 
-LOGIT_COPIES = 6
-"""float32 tensors of a chunk's size at a time, at most: when a teacher with a tail bucket is scored."""
 RESERVE = 0.1
 """Share of the free memory that no plan counts on."""
 LEAST_TOKENS = 256
@@ -28,27 +36,37 @@ def planned(options: Options, base: BaseModel, samples: Sequence[Sample], rank: 
     """The options with the largest micro-batches that fit, with checkpointing only where nothing else does."""
     options = options.replace(micro_batch_tokens=base.batch_tokens)
     free = free_bytes(base.device)
-    lengths = [s.student_length for s in samples if s.live]
+    live = [s for s in samples if s.live]
+    lengths = [s.student_length for s in live]
     if base.shape is None or free is None or not lengths:
         return options
-    return fitting(options, base.shape, lengths, rank, int(free * (1 - RESERVE)), base.device.type, _width(base))
+    plain = options.path == "plain" or bool(option_obstacle(options) or base.fast_obstacle)
+    share = max(len(s.response_ids) / s.student_length for s in live) if plain else None
+    room = int(free * (1 - RESERVE))
+    return fitting(options, base.shape, lengths, rank, room, base.device.type, _width(base), share)
 
 
 def fitting(
-    options: Options, shape: ModelShape, lengths: Sequence[int], rank: int, free: int, device: str, width: int
-) -> Options:
-    """The first of `candidates` that needs `free` bytes or fewer; the last one where none does."""
+    options: Options, shape: ModelShape, lengths: Sequence[int], rank: int, free: int, device: str, width: int,
+    plain_share: float | None = None,
+) -> Options:  # fmt: skip
+    """The first of `candidates` that needs `free` bytes or fewer; the last one where none does.
+
+    `plain_share`: on the plain path, the largest share of a sample that is response; None: the fast path.
+    """
     chosen = options
-    for chosen in candidates(options, lengths):
-        tokens = min(chosen.micro_batch_tokens, sum(lengths))
-        if needed(shape, max(tokens, max(lengths)), rank, device, width, checkpointing=chosen.checkpointing) <= free:
+    for chosen in candidates(options, lengths, may_checkpoint=plain_share is None):
+        tokens = max(min(chosen.micro_batch_tokens, sum(lengths)), *lengths)
+        responses = None if plain_share is None else math.ceil(tokens * plain_share)
+        size = needed(shape, tokens, rank, device, width, checkpointing=chosen.checkpointing, plain_responses=responses)
+        if size <= free:
             break
     return chosen
 
 
-def candidates(options: Options, lengths: Sequence[int]) -> Iterator[Options]:
-    """Halved micro-batches down to the longest sample, then the same with checkpointing."""
-    for checkpointing in (False, True):
+def candidates(options: Options, lengths: Sequence[int], *, may_checkpoint: bool = True) -> Iterator[Options]:
+    """Halved micro-batches down to the longest sample, then the same with checkpointing where that can be."""
+    for checkpointing in (False, True) if may_checkpoint else (False,):
         yield options.replace(checkpointing=checkpointing)
         tokens = min(options.micro_batch_tokens, sum(lengths))
         while tokens > max(*lengths, LEAST_TOKENS):
@@ -56,11 +74,17 @@ def candidates(options: Options, lengths: Sequence[int]) -> Iterator[Options]:
             yield options.replace(micro_batch_tokens=tokens, checkpointing=checkpointing)
 
 
-def needed(shape: ModelShape, tokens: int, rank: int, device: str, width: int, *, checkpointing: bool) -> int:
-    """Bytes of one micro-batch on top of the resident base; `width`: bytes of a base weight."""
+def needed(
+    shape: ModelShape, tokens: int, rank: int, device: str, width: int, *, checkpointing: bool,
+    plain_responses: int | None = None,
+) -> int:  # fmt: skip
+    """Bytes of one micro-batch on top of the resident base; `width`: bytes of a base weight. `plain_responses`:
+    response tokens of the micro-batch on the plain path; None: the fast path."""
     layer = activation_bytes(shape, width, rank, len(shape.modules()))
     kept = shape.hidden * width * shape.layers + layer if checkpointing else layer * shape.layers
-    logits = chunk_tokens(shape.vocabulary) * shape.vocabulary * 4 * LOGIT_COPIES
+    logits = chunk_bytes(shape)
+    if plain_responses is not None:
+        logits = plain_logit_bytes(shape, plain_responses, 4 if width == 4 else 2)
     states = LORA_STATE_BYTES * adapter_weights(shape, rank)
     return int(tokens * kept * HELD_MORE[device]) + logits + states
 

@@ -101,10 +101,16 @@ def kernel_figures(setting: Setting, memory_rate: float) -> Figures:
     spread_N, at_NK = torch.ones_like(found.lse_N), torch.zeros_like(found.picked_NK)
 
     def grad(logits: Tensor) -> Tensor:
-        return kernels.row_grad_(logits, found.lse_N, spread_N, index_NK, at_NK, ids_N, spread_N)
+        return kernels.row_grad_(logits, found.top_N + found.lse_N, spread_N, index_NK, at_NK, ids_N, spread_N)
 
     exact_NV = rows.row_grad_(
-        logits_NV.double(), expected.lse_N, spread_N.double(), index_NK, at_NK.double(), ids_N, spread_N.double()
+        logits_NV.double(),
+        expected.top_N + expected.lse_N,
+        spread_N.double(),
+        index_NK,
+        at_NK.double(),
+        ids_N,
+        spread_N.double(),
     )
     grad_error = float((grad(logits_NV.clone()) - exact_NV).abs().max())
     stats_seconds = least_seconds(lambda: kernels.row_stats(logits_NV, index_NK, ids_N), setting)

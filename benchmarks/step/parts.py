@@ -14,7 +14,7 @@ from benchmarks.step.shapes import OPTIONS, RANK, Case, S, build
 from benchmarks.step.variants import FAST
 from sdpo_core import LoraSpec, attached, make_optimizer, train_batch
 from sdpo_core.divergence import Target
-from sdpo_core.fast.head import Head, LossSpec, RowInputs, chunk_tokens, kept_gradient, loss_and_gradient
+from sdpo_core.fast.head import Head, LossSpec, RowInputs, kept_gradient, loss_and_gradient
 
 HIDDEN = 512
 VOCABULARY = 151_936
@@ -46,7 +46,7 @@ def loss_tasks(tokens: int, vocabulary: int = VOCABULARY) -> Tasks:
 
     def fast() -> Tensor:
         target = Target(teacher_NK, index_NK)
-        return loss_and_gradient(head, hidden_NH, ids_N, target, inputs, spec, chunk_tokens(vocabulary))[1]
+        return loss_and_gradient(head, hidden_NH, ids_N, target, inputs, spec, 0)[1]
 
     def backward() -> Tensor:
         return kept_gradient(head, index_NK, teacher_NK)

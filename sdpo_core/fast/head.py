@@ -22,12 +22,16 @@ from sdpo_core.divergence import DivergenceSpec, Target
 from sdpo_core.fast.records import joined, narrowed
 from sdpo_core.fast.rows import RowStats
 from sdpo_core.fast.rows_triton import rows_for
+from sdpo_core.fast.tiles import head_stats
+from sdpo_core.signals import PolicyGradient
 from sdpo_core.terms import BASE_DISTANCE, StudentView, TokenTerms, clean, terms_of
 
 R = TypeVar("R")
 CHUNK_ENTRIES = 1 << 23
 """Logits of a chunk when nobody says how many: 32 MB in float32."""
 LEAST_CHUNK = 16
+TILED_CHUNK = 256
+"""Tokens at a time where logits are made in tiles (sdpo_core.fast.tiles)."""
 
 
 def chunk_tokens(vocabulary: int) -> int:
@@ -59,6 +63,8 @@ class RowInputs:
     base_target: Target | None = None
     previous_logp_N: Tensor | None = None
     token_weights_N: Tensor | None = None
+    advantage_N: Tensor | None = None
+    """Under a policy gradient."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,13 @@ class LossSpec:
     is_clip: float | None
     base_kl_weight: float = 0.0
     previous_kl_weight: float = 0.0
+    policy_gradient: PolicyGradient | None = None
+
+    @property
+    def sparse(self) -> bool:
+        """Whether nothing but the kept logits has a gradient."""
+        kept_only = self.divergence.support == "teacher" and self.divergence.outside == "renormalise"
+        return kept_only and self.base_kl_weight == self.previous_kl_weight == 0.0
 
 
 def chunks(tokens: int, size: int) -> Iterator[tuple[int, int]]:
@@ -93,6 +106,12 @@ def scored(
     return joined(parts)
 
 
+def response_logp(logits_NV: Tensor, ids_N: Tensor) -> Target:
+    """Log-probs of the response tokens of a chunk, as a record with `logp` (N,)."""
+    stats = rows_for(logits_NV).row_stats(logits_NV, ids_N.new_empty(len(ids_N), 0), ids_N)
+    return Target((stats.chosen_N - stats.lse_N).clamp(min=dv.LOGP_FLOOR))
+
+
 def kept_teacher(logits_NV: Tensor, ids_N: Tensor, spec: DivergenceSpec) -> Target:
     """`divergence.teacher_target` of a chunk, without its copies of the logits."""
     if spec.support != "teacher":
@@ -107,8 +126,12 @@ def kept_teacher(logits_NV: Tensor, ids_N: Tensor, spec: DivergenceSpec) -> Targ
 def loss_and_gradient(
     head: Head, hidden_NH: Tensor, ids_N: Tensor, target: Target, inputs: RowInputs, spec: LossSpec, size: int
 ) -> tuple[TokenTerms, Tensor]:
-    """Terms of all tokens, detached (N,), and the gradient of sum(weights x loss) into the hidden states, (N, H)."""
+    """Terms of all tokens, detached (N,), and the gradient of sum(weights x loss) into the hidden states, (N, H).
+
+    `size`: tokens of a chunk; 0 = what suits.
+    """
     hidden_NH = hidden_NH.detach()
+    size = size or (TILED_CHUNK if _tiled(hidden_NH, inputs, spec) else chunk_tokens(len(head.weight_VH)))
     gradient_NH = torch.empty_like(hidden_NH)
     found = []
     for start, length in chunks(len(ids_N), size):
@@ -129,24 +152,35 @@ def _chunk(
     on_N = torch.ones_like(ids_N, dtype=torch.bool)
     target = clean(target, on_N)
     index_NK = ids_N.new_empty(len(ids_N), 0) if target.index is None else target.index
-    logits_NV = head.logits(hidden_NH)
-    stats = rows_for(logits_NV).row_stats(logits_NV, index_NK, ids_N)
+    logits_NV = None if _tiled(hidden_NH, inputs, spec) else head.logits(hidden_NH)
+    stats = (
+        head_stats(hidden_NH, head.weight_VH, head.bias_V, index_NK, ids_N)
+        if logits_NV is None
+        else rows_for(logits_NV).row_stats(logits_NV, index_NK, ids_N)
+    )
     leaves = _Leaves.of(stats)
     view = StudentView(
         logp=leaves.logp(),
         divergence=leaves.divergence(target, spec.divergence),
         entropy=stats.entropy_N,
-        base_kl=_base_distance(logits_NV, ids_N, inputs.base_target, on_N),
+        base_kl=None if logits_NV is None else _base_distance(logits_NV, ids_N, inputs.base_target, on_N),
     )
     terms = terms_of(
         view, target, on_N, spec.divergence, is_clip=spec.is_clip, behaviour_BT=inputs.behaviour_N,
         base_logp_BT=inputs.base_logp_N, previous_logp_BT=inputs.previous_logp_N,
-        token_weights_BT=inputs.token_weights_N,
+        token_weights_BT=inputs.token_weights_N, policy_gradient=spec.policy_gradient, advantage_BT=inputs.advantage_N,
     )  # fmt: skip
     loss = (terms.loss(spec.base_kl_weight, spec.previous_kl_weight) * inputs.weights_N).sum()
     slopes = leaves.slopes(loss)
-    gradient_NH = _through_head(head, logits_NV, stats, slopes, index_NK, ids_N)
-    return _detached(terms), gradient_NH
+    if spec.sparse and slopes.picked_NK is not None:
+        return _detached(terms), kept_gradient(head, index_NK, slopes.picked_NK)
+    assert logits_NV is not None  # noqa: S101 - tiles are for sparse losses
+    return _detached(terms), _through_head(head, logits_NV, stats, slopes, index_NK, ids_N)
+
+
+def _tiled(hidden_NH: Tensor, inputs: RowInputs, spec: LossSpec) -> bool:
+    """Whether no row of logits need ever be whole."""
+    return spec.sparse and inputs.base_target is None and not hidden_NH.is_cuda and len(hidden_NH) > 0
 
 
 @dataclass(frozen=True)
@@ -184,26 +218,20 @@ class _Slopes:
     picked_NK: Tensor | None
     chosen_N: Tensor | None
 
-    @property
-    def sparse(self) -> bool:
-        """Whether the gradient lives on the kept tokens alone."""
-        return self.lse_N is None and self.rest_N is None and self.chosen_N is None and self.picked_NK is not None
-
 
 def _through_head(
     head: Head, logits_NV: Tensor, stats: RowStats, slopes: _Slopes, index_NK: Tensor, ids_N: Tensor
 ) -> Tensor:
-    """The gradient into the hidden states, (N, H). Overwrites the logits unless it is sparse."""
+    """The dense gradient into the hidden states, (N, H). Overwrites the logits."""
     weight_VH = head.weight_VH
-    if slopes.sparse and slopes.picked_NK is not None and len(ids_N) > 0:
-        return kept_gradient(head, index_NK, slopes.picked_NK)
     zeros_N = torch.zeros_like(stats.lse_N)
     lse_N, chosen_N = _or(slopes.lse_N, zeros_N), _or(slopes.chosen_N, zeros_N)
     at_index_NK = _or(slopes.picked_NK, torch.zeros_like(stats.picked_NK))
     at_index_NK = at_index_NK + lse_N.unsqueeze(-1) * (stats.picked_NK - stats.lse_N.unsqueeze(-1)).exp()
     spread_N = lse_N + _over_rest(_or(slopes.rest_N, zeros_N), stats)
     grad_NV = rows_for(logits_NV).row_grad_(
-        logits_NV, stats.lse_N.detach(), spread_N.detach(), index_NK, at_index_NK.detach(), ids_N, chosen_N
+        logits_NV, stats.top_N, (spread_N * (-stats.lse_N).exp()).detach(), index_NK, at_index_NK.detach(), ids_N,
+        chosen_N,
     )  # fmt: skip
     return grad_NV.to(weight_VH.dtype) @ weight_VH
 

@@ -29,10 +29,11 @@ def raised(x):
 
 @triton.jit
 def row_stats_kernel(
-    logits_ptr, index_ptr, ids_ptr, lse_ptr, picked_ptr, chosen_ptr, entropy_ptr, rest_ptr,
+    logits_ptr, index_ptr, ids_ptr, top_ptr, lse_ptr, picked_ptr, chosen_ptr, entropy_ptr, rest_ptr,
     stride, vocabulary, kept, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """(N, V) logits -> per row: logsumexp, kept logits, chosen logit, entropy, logsumexp outside the kept."""
+    """(N, V) logits -> per row: the largest, the entropy, and counted from the largest: logsumexp, kept logits,
+    chosen logit, logsumexp outside the kept."""
     row = tl.program_id(0).to(tl.int64)
     logits = logits_ptr + row * stride
     k = tl.arange(0, BLOCK_K)
@@ -66,16 +67,17 @@ def row_stats_kernel(
     e_k = tl.where(on_k, tl.exp(x_k - top), 0.0)
     total = outside + tl.sum(e_k, 0)
     moment += tl.sum(e_k * (x_k - top), 0)
-    tl.store(lse_ptr + row, top + tl.log(total))
-    tl.store(picked_ptr + row * kept + k, picked, mask=on_k)
-    tl.store(chosen_ptr + row, chosen.to(tl.float32))
+    tl.store(top_ptr + row, top)
+    tl.store(lse_ptr + row, tl.log(total))
+    tl.store(picked_ptr + row * kept + k, picked - top, mask=on_k)
+    tl.store(chosen_ptr + row, chosen.to(tl.float32) - top)
     entropy = tl.log(total) - moment / total
     tl.store(entropy_ptr + row, tl.where(entropy < 0.0, 0.0, entropy))
     # Under its own maximum: under `top` the tail of a peaked row would underflow.
     own = tl.max(m, 0)
     rest, _ = scaled_sums(m, s0, s1, own)
     # Half the floor: in bfloat16 the floor itself is a little above itself.
-    tl.store(rest_ptr + row, tl.where(own > 0.5 * FLOOR, own + tl.log(rest), float("-inf")))
+    tl.store(rest_ptr + row, tl.where(own > 0.5 * FLOOR, own - top + tl.log(rest), float("-inf")))
 
 
 @triton.jit

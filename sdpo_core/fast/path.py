@@ -14,26 +14,41 @@ from torch import Tensor
 
 from sdpo_core.divergence import Target
 from sdpo_core.fast.decoder import HiddenPolicy
-from sdpo_core.fast.head import Head, LossSpec, RowInputs, chunk_tokens, kept_teacher, loss_and_gradient, scored
+from sdpo_core.fast.head import (
+    Head,
+    LossSpec,
+    RowInputs,
+    chunk_tokens,
+    kept_teacher,
+    loss_and_gradient,
+    response_logp,
+    scored,
+)
 from sdpo_core.fast.packing import PackedBatch, pack, packed_groups
 from sdpo_core.fast.records import joined, split
 from sdpo_core.options import Options
 from sdpo_core.paths import Part, PathName
 from sdpo_core.policy import Policy
 from sdpo_core.samples import Sample, pad_rows
-from sdpo_core.scoring import BaseScore, Scorer, StartScore, base_score, start_score
+from sdpo_core.scoring import BaseScore, Scorer, StartScore, base_score, join_targets, start_score
+from sdpo_core.signals import advantages_of
 from sdpo_core.teachers import trust_region_logits
-from sdpo_core.terms import TokenTerms
+from sdpo_core.terms import TokenTerms, clean
 
 R = TypeVar("R")
 
 
-def obstacle(policy: Policy, options: Options) -> str:
-    """Why the fast path cannot take this batch, in a few words; empty when it can."""
+def option_obstacle(options: Options) -> str:
+    """Why the fast path cannot take these options, whatever the model; empty when it can."""
     if options.support in ("student", "full"):
         return f"support {options.support!r} needs the teacher's whole distribution at every token"
-    if options.policy_gradient is not None:
-        return "policy_gradient needs whole answers at once"
+    return ""
+
+
+def obstacle(policy: Policy, options: Options) -> str:
+    """Why the fast path cannot take this batch, in a few words; empty when it can."""
+    if reason := option_obstacle(options):
+        return reason
     if not isinstance(policy, HiddenPolicy):
         return "the policy gives logits only, no hidden states"
     return policy.obstacle()
@@ -125,14 +140,14 @@ class FastPath(Scorer):
         batch, head = self._packed(part.samples), self._model.head()
         hidden_NH = self._model.hidden(batch, adapter=True, checkpointing=self.options.checkpointing)
         terms, gradient_NH = loss_and_gradient(
-            head, hidden_NH, batch.response_ids_N, joined(part.targets), self._inputs(part), self._loss_spec(),
-            self._chunk(head),
+            head, hidden_NH, batch.response_ids_N, joined(part.targets), self._inputs(part, batch, hidden_NH),
+            self._loss_spec(), self.options.chunk_tokens or 0,
         )  # fmt: skip
         torch.autograd.backward(hidden_NH, gradient_NH)
         rows = split(terms, batch.response_lengths)
         return TokenTerms(**{name: pad_rows([vars(row)[name] for row in rows]) for name in vars(terms)})
 
-    def _inputs(self, part: Part) -> RowInputs:
+    def _inputs(self, part: Part, batch: PackedBatch, hidden_NH: Tensor) -> RowInputs:
         base, start, weights = part.base, part.start, part.token_weights
         sizes = torch.tensor([len(s.response_ids) for s in part.samples], device=self.device)
         return RowInputs(
@@ -142,11 +157,27 @@ class FastPath(Scorer):
             base_target=None if base is None else joined([b.target for b in base]),
             previous_logp_N=None if start is None else torch.cat([s.logp for s in start]),
             token_weights_N=None if weights is None else torch.cat(weights),
+            advantage_N=None if self.options.policy_gradient is None else self._advantages(part, batch, hidden_NH),
         )
+
+    @torch.no_grad()
+    def _advantages(self, part: Part, batch: PackedBatch, hidden_NH: Tensor) -> Tensor:
+        """Of every token, (N,), from whole answers: one more pass through the head, since they must be known before the
+        first chunk's loss."""
+        assert self.options.policy_gradient is not None  # noqa: S101 - the caller asked
+        logp_BT = pad_rows([scored.logp for scored in self._scored(batch, hidden_NH, response_logp)])
+        mask_BT = pad_rows([torch.ones(len(s.response_ids), device=self.device) for s in part.samples]) > 0
+        behaviour_BT = pad_rows(part.known_behaviour(self.device)).float()
+        advantage_BT = advantages_of(
+            logp_BT, clean(join_targets(part.targets), mask_BT).logp,
+            torch.where(mask_BT & ~behaviour_BT.isnan(), behaviour_BT, logp_BT), mask_BT, self.options.policy_gradient,
+            logp_BT.new_tensor([s.reward_advantage for s in part.samples]),
+        )  # fmt: skip
+        return advantage_BT[mask_BT]
 
     def _loss_spec(self) -> LossSpec:
         o = self.options
-        return LossSpec(o.divergence, o.is_clip, o.base_kl_weight, o.previous_kl_weight)
+        return LossSpec(o.divergence, o.is_clip, o.base_kl_weight, o.previous_kl_weight, o.policy_gradient)
 
     def _chunk(self, head: Head) -> int:
         return self.options.chunk_tokens or chunk_tokens(len(head.weight_VH))

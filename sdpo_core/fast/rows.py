@@ -25,8 +25,14 @@ _FINITE = -1e30
 
 @dataclass(frozen=True)
 class RowStats:
-    """What the loss reads of each row of logits; float32 (float64 for float64 logits)."""
+    """What the loss reads of each row of logits; float32 (float64 for float64 logits).
 
+    Logits are counted from the row's largest: a log-prob is a difference of two of them, and at the size of the logits
+    themselves (some hundred) float32 would round it to 1e-5.
+    """
+
+    top_N: Tensor
+    """The row's largest logit, from which the others are counted."""
     lse_N: Tensor
     """logsumexp of the row."""
     picked_NK: Tensor
@@ -53,41 +59,41 @@ def row_stats(logits_NV: Tensor, index_NK: Tensor, ids_N: Tensor) -> RowStats:
 def _stats(logits_NV: Tensor, index_NK: Tensor, ids_N: Tensor) -> RowStats:
     logits_NV = logits_NV.to(_wide(logits_NV))
     top_N1 = logits_NV.amax(-1, keepdim=True)
-    picked_NK = logits_NV.gather(-1, index_NK)
-    exp_NV = (logits_NV - top_N1).exp_()
+    logits_NV = logits_NV - top_N1
+    exp_NV = logits_NV.exp()
     kept_NK = exp_NV.gather(-1, index_NK)
     inner_N = _dot(exp_NV, logits_NV)
     rest_N = exp_NV.scatter_(-1, index_NK, 0.0).sum(-1)
     whole_N = rest_N + kept_NK.sum(-1)
-    top_N = top_N1.squeeze(-1)
-    lse_N = top_N + whole_N.log()
+    lse_N = whole_N.log()
     return RowStats(
+        top_N=top_N1.squeeze(-1),
         lse_N=lse_N,
-        picked_NK=picked_NK,
+        picked_NK=logits_NV.gather(-1, index_NK),
         chosen_N=logits_NV.gather(-1, ids_N.unsqueeze(-1)).squeeze(-1),
         entropy_N=(lse_N - inner_N / whole_N).clamp(min=0.0),
-        rest_N=top_N + rest_N.log(),
+        rest_N=rest_N.log(),
     )
 
 
 @torch.no_grad()
 def row_grad_(
     logits_NV: Tensor,
-    lse_N: Tensor,
+    origin_N: Tensor,
     spread_N: Tensor,
     index_NK: Tensor,
     at_index_NK: Tensor,
     ids_N: Tensor,
     at_chosen_N: Tensor,
 ) -> Tensor:
-    """Overwrite the logits with a gradient: `spread` x softmax, then SET to `at_index` at the kept tokens, then
-    `at_chosen` ADDED at the response token.
+    """Overwrite the logits with a gradient: `spread` x exp(logit - `origin`), a multiple of the softmax, then SET to
+    `at_index` at the kept tokens, then `at_chosen` ADDED at the response token.
 
     Set and not added: under a small tail mass `spread` is huge, and adding its opposite back would leave noise.
     """
-    exp_NV = logits_NV.sub_(lse_N.unsqueeze(-1).to(logits_NV.dtype)) if logits_NV.dtype == lse_N.dtype else None
+    exp_NV = logits_NV.sub_(origin_N.unsqueeze(-1).to(logits_NV.dtype)) if logits_NV.dtype == origin_N.dtype else None
     if exp_NV is None:  # bfloat16 logits: the exponent is taken in float32
-        exp_NV = logits_NV.float() - lse_N.unsqueeze(-1)
+        exp_NV = logits_NV.float() - origin_N.unsqueeze(-1)
     grad_NV = exp_NV.exp_().mul_(spread_N.unsqueeze(-1))
     grad_NV.scatter_(-1, index_NK, at_index_NK)
     grad_NV.scatter_add_(-1, ids_N.unsqueeze(-1), at_chosen_N.unsqueeze(-1))

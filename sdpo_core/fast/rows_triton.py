@@ -43,12 +43,13 @@ def row_stats(logits_NV: Tensor, index_NK: Tensor, ids_N: Tensor) -> RowStats:
         return torch.empty(shape, dtype=torch.float32, device=logits_NV.device)
 
     stats = RowStats(
-        lse_N=empty(rows), picked_NK=empty(rows, kept), chosen_N=empty(rows), entropy_N=empty(rows), rest_N=empty(rows)
-    )
+        top_N=empty(rows), lse_N=empty(rows), picked_NK=empty(rows, kept), chosen_N=empty(rows),
+        entropy_N=empty(rows), rest_N=empty(rows),
+    )  # fmt: skip
     if rows:
         kernels.row_stats_kernel[(rows,)](
             logits_NV, index_NK.contiguous(), ids_N.contiguous(),
-            stats.lse_N, stats.picked_NK, stats.chosen_N, stats.entropy_N, stats.rest_N,
+            stats.top_N, stats.lse_N, stats.picked_NK, stats.chosen_N, stats.entropy_N, stats.rest_N,
             logits_NV.stride(0), vocabulary, kept,
             BLOCK_V=_block(vocabulary), BLOCK_K=_power_of_two(kept), num_warps=_WARPS,
         )  # fmt: skip
@@ -58,7 +59,7 @@ def row_stats(logits_NV: Tensor, index_NK: Tensor, ids_N: Tensor) -> RowStats:
 @torch.no_grad()
 def row_grad_(
     logits_NV: Tensor,
-    lse_N: Tensor,
+    origin_N: Tensor,
     spread_N: Tensor,
     index_NK: Tensor,
     at_index_NK: Tensor,
@@ -71,7 +72,7 @@ def row_grad_(
     rows, vocabulary, kept = _sizes(logits_NV, index_NK)
     if rows:
         kernels.row_grad_kernel[(rows,)](
-            logits_NV, *(x.float().contiguous() for x in (lse_N, spread_N)),
+            logits_NV, *(x.float().contiguous() for x in (origin_N, spread_N)),
             index_NK.contiguous(), at_index_NK.float().contiguous(), ids_N.contiguous(),
             at_chosen_N.float().contiguous(), logits_NV.stride(0), vocabulary, kept,
             BLOCK_V=_block(vocabulary), BLOCK_K=_power_of_two(kept), num_warps=_WARPS,
@@ -81,10 +82,10 @@ def row_grad_(
 
 def bytes_of_stats(logits_NV: Tensor, kept: int) -> int:
     """Least traffic of `row_stats`: the logits once; per row K indices read, K logits read, stored, put back, and
-    written out as float32; four numbers out and the token in."""
+    written out as float32; five numbers out and the token in."""
     rows, vocabulary = logits_NV.shape
     size = logits_NV.element_size()
-    return rows * (vocabulary * size + kept * (8 + 3 * size + 4) + 8 + size + 4 * 4)
+    return rows * (vocabulary * size + kept * (8 + 3 * size + 4) + 8 + size + 5 * 4)
 
 
 def bytes_of_grad(logits_NV: Tensor, kept: int) -> int:

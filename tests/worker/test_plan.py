@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sdpo_core.fast.head import chunk_tokens
 from sdpo_core.options import Options
-from worker.memory import ModelShape
+from worker.memory import LOGIT_COPIES, ModelShape, chunk_bytes
 from worker.plan import candidates, fitting, free_bytes, needed
 
 GIB = 2**30
@@ -51,6 +54,29 @@ def test_no_memory_at_all_is_still_a_plan() -> None:
     chosen = plan(0)
     assert chosen.checkpointing
     assert chosen.micro_batch_tokens >= 1
+
+
+def test_the_plain_path_is_planned_with_the_logits_of_whole_micro_batches() -> None:
+    """Half of each sample is response: 33 bytes x 151,936 each. Checkpointing is the fast path's alone."""
+
+    def plain(gib: int) -> Options:
+        return fitting(Options(), EIGHT_B, LENGTHS, rank=32, free=gib * GIB, device="cuda", width=2, plain_share=0.5)
+
+    assert plain(500) == Options()
+    fast = plan(70 * GIB)
+    assert plain(70).micro_batch_tokens < fast.micro_batch_tokens
+    assert not plain(1).checkpointing
+    sizes = [
+        needed(EIGHT_B, 2048, 32, "cuda", 2, checkpointing=False, plain_responses=responses) for responses in (0, 1024)
+    ]
+    assert sizes[1] - sizes[0] == 1024 * 151_936 * 33
+
+
+def test_a_chunk_is_the_fast_paths() -> None:
+    for vocabulary in (2_176, 151_936, 1_000_000):
+        shape = replace(EIGHT_B, vocabulary=vocabulary)
+        logits = chunk_tokens(vocabulary) * vocabulary
+        assert 0 <= chunk_bytes(shape) - logits * 4 * LOGIT_COPIES < vocabulary * 4 * LOGIT_COPIES
 
 
 def test_free_memory_of_this_machine() -> None:

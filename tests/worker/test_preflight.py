@@ -131,7 +131,7 @@ def test_the_plan_of_a_real_training_is_near_its_peak(name: str, dtype: str, tmp
     before, peak = (int(n) for n in done.stdout.split())
     shape, width = m.read_shape(model), dtype_bytes(dtype, "cpu")
     shape = replace(shape, window=prompt + response)
-    training = m.Training("cpu", width, rank=16, batch_tokens=rows * 512, response_tokens=rows * response)
+    training = m.Training("cpu", width, rank=16, batch_tokens=rows * 512, response_tokens=rows * response, path="plain")
     planned, real = sum(m.training_needs(shape, training).values()), before + peak
     print(f"{name} {dtype}: planned {planned / 1e6:.0f} MB, resident at most {real / 1e6:.0f} MB")
     assert real <= planned <= 1.6 * real

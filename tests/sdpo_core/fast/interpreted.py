@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sdpo_core.fast import rows, rows_triton
 
-FIELDS = ("lse_N", "rest_N", "picked_NK", "chosen_N", "entropy_N")
+FIELDS = ("top_N", "lse_N", "rest_N", "picked_NK", "chosen_N", "entropy_N")
 VOCABULARIES = st.one_of(st.integers(1, 140), st.sampled_from([4095, 4096, 4097, 9000]))
 """Around the block of 4096, and far below it."""
 SIZES = st.tuples(st.integers(0, 4), VOCABULARIES, st.integers(0, 128), st.integers(0, 10_000))
@@ -83,8 +83,8 @@ def test_huge_logits_and_a_tail_beyond_float32() -> None:
     stats = rows_triton.row_stats(logits_NV, torch.tensor([[0, 1], [0, 1]]), torch.tensor([1, 299]))
     p = 1 / (1 + math.exp(-1.0))
     assert float(stats.entropy_N[0]) == pytest.approx(-p * math.log(p) - (1 - p) * math.log(1 - p), abs=1e-6)
-    assert stats.rest_N.tolist() == pytest.approx([-200 + math.log(298)] * 2, rel=1e-6)
-    assert stats.chosen_N.tolist() == [9999.0, -200.0]
+    assert stats.rest_N.tolist() == pytest.approx([-200 - 1e4 + math.log(298), -200 + math.log(298)], rel=1e-6)
+    assert stats.chosen_N.tolist() == [-1.0, -200.0]
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy, on what is broken on purpose
@@ -103,7 +103,7 @@ def test_rows_may_lie_apart_but_not_their_logits() -> None:
     wide_NV = torch.randn(3, 90, generator=torch.Generator().manual_seed(0))
     part_NV, index_NK, ids_N = wide_NV[:, :70], torch.tensor([[1], [2], [3]]), torch.tensor([69, 0, 1])
     found = rows_triton.row_stats(part_NV, index_NK, ids_N)
-    torch.testing.assert_close(found.lse_N, torch.logsumexp(part_NV, -1))
+    torch.testing.assert_close(found.top_N + found.lse_N, torch.logsumexp(part_NV, -1))
     with pytest.raises(ValueError, match="side by side"):
         rows_triton.row_stats(wide_NV.T, index_NK, ids_N)
     with pytest.raises(TypeError, match="float16"):

@@ -76,6 +76,7 @@ def batch(seed: int = 0, vocabulary: int = 131) -> list[Sample]:
         logps = tuple((-2.0 - 4.0 * torch.rand(response, generator=g)).tolist())
         samples.append(Sample(ids(prompt), ids(response), ids(teacher), logps))
     samples.insert(2, Sample(ids(3), ids(4), ids(5), taught=False))
+    samples[0] = dataclasses.replace(samples[0], reward_advantage=1.5)
     samples[4] = dataclasses.replace(samples[4], behaviour_logprobs=None)
     return samples
 
@@ -95,12 +96,21 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).double().norm() / expected.double().norm())
 
 
+SAMPLED: dict[str, Any] = {"alpha": 1.0, "support": "sampled", "top_k": None, "is_clip": None}
 COVERED: dict[str, dict[str, Any]] = {
     "forward KL and tail": {},
     "reverse KL and tail": {"alpha": 1.0},
     "mixture renormalised": {"alpha": 0.5, "outside": "renormalise"},
     "sampled token": {"alpha": 1.0, "support": "sampled", "top_k": None},
     "sampled token with a floor": {"alpha": 1.0, "support": "sampled"},
+    "advantages of the student, centred and gained": {
+        **SAMPLED, "policy_gradient": PolicyGradient(centre=True, gain_target=3.0, clip_low=0.2, clip_high=0.3),
+        "chunk_tokens": 3,
+    },
+    "advantages of the rollout and a reward": {
+        **SAMPLED, "micro_batch_tokens": 40, "previous_kl_weight": 0.1,
+        "policy_gradient": PolicyGradient(reference="behaviour", distill_weight=0.5, reward_weight=2.0),
+    },
     "anchors": {"base_kl_weight": 0.2, "previous_kl_weight": 0.3},
     "measured base": {"measure_base_kl": True},
     "refresh": {"refresh": True},
@@ -115,7 +125,7 @@ COVERED: dict[str, dict[str, Any]] = {
     "small micro-batches": {"micro_batch_tokens": 25},
     "small chunks": {"chunk_tokens": 3},
     "checkpointing": {"checkpointing": True},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", COVERED)
@@ -164,11 +174,7 @@ def test_bfloat16_base_to_1e_2() -> None:
 def test_what_it_cannot_do_goes_the_plain_way_by_name() -> None:
     for name, changes in {
         "support": {"support": "student", "alpha": 0.5},
-        "policy_gradient": {
-            "alpha": 1.0, "support": "sampled", "top_k": None, "is_clip": None,
-            "policy_gradient": PolicyGradient(centre=True),
-        },
-    }.items():  # fmt: skip
+    }.items():
         step = Ran(OPTIONS.replace(steps=1, path="fast", **changes)).result.steps[0]
         assert step.path == "plain"
         assert name in step.fallback_reason

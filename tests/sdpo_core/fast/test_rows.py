@@ -26,11 +26,13 @@ def slow_stats(logits_NV: Tensor, index_NK: Tensor, ids_N: Tensor) -> RowStats:
     outside_NV = torch.ones_like(logits_NV, dtype=torch.bool).scatter(-1, index_NK, False)
     logp_NV = torch.log_softmax(logits_NV, -1)
     rest = [torch.logsumexp(row[on], -1) for row, on in zip(logits_NV, outside_NV, strict=True)]
+    top_N = logits_NV.detach().amax(-1)
     return RowStats(
-        lse_N=torch.logsumexp(logits_NV, -1),
-        rest_N=torch.stack(rest) if rest else logits_NV.new_zeros(0),
-        picked_NK=logits_NV.gather(-1, index_NK),
-        chosen_N=logits_NV.gather(-1, ids_N.unsqueeze(-1)).squeeze(-1),
+        top_N=top_N,
+        lse_N=torch.logsumexp(logits_NV, -1) - top_N,
+        rest_N=torch.stack(rest) - top_N if rest else logits_NV.new_zeros(0),
+        picked_NK=logits_NV.gather(-1, index_NK) - top_N.unsqueeze(-1),
+        chosen_N=logits_NV.gather(-1, ids_N.unsqueeze(-1)).squeeze(-1) - top_N,
         entropy_N=-(logp_NV.exp() * logp_NV).sum(-1),
     )
 
@@ -44,7 +46,7 @@ def test_stats_are_their_definitions(shape: tuple[int, int, int, int]) -> None:
     n, v, k, seed = shape
     logits_NV, index_NK, ids_N = case(n, v, min(k, v - 1), seed)
     found, expected = row_stats(logits_NV, index_NK, ids_N), slow_stats(logits_NV, index_NK, ids_N)
-    for name in ("lse_N", "rest_N", "picked_NK", "chosen_N", "entropy_N"):
+    for name in ("top_N", "lse_N", "rest_N", "picked_NK", "chosen_N", "entropy_N"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-10, atol=1e-10)
 
 
@@ -64,7 +66,7 @@ def test_gradient_is_autograds(shape: tuple[int, int, int, int]) -> None:
     (expected_NV,) = torch.autograd.grad(loss, leaf_NV)
     p_NK = (s.picked_NK - s.lse_N.unsqueeze(-1)).exp().detach()
     found_NV = row_grad_(
-        logits_NV, s.lse_N.detach(), (d_lse + d_rest * (s.lse_N - s.rest_N).exp()).detach(),
+        logits_NV, s.top_N + s.lse_N.detach(), (d_lse + d_rest * (s.lse_N - s.rest_N).exp()).detach(),
         index_NK, d_picked + d_lse.unsqueeze(-1) * p_NK, ids_N, d_chosen,
     )  # fmt: skip
     assert found_NV is logits_NV
@@ -82,9 +84,10 @@ def test_tail_of_a_peaked_row_is_summed_not_subtracted() -> None:
 def test_forbidden_tokens_and_huge_logits() -> None:
     logits_NV = torch.tensor([[0.0, -math.inf, 1e4, 1e4], [-1e4, -1e4, -math.inf, -math.inf]])
     stats = row_stats(logits_NV, torch.tensor([[2], [0]]), torch.tensor([1, 1]))
-    assert stats.lse_N.tolist() == pytest.approx([1e4 + math.log(2), -1e4 + math.log(2)])
-    assert stats.entropy_N.tolist() == pytest.approx([math.log(2)] * 2, abs=2e-3)
-    assert stats.chosen_N.tolist() == [-math.inf, -1e4]
+    assert stats.top_N.tolist() == [1e4, -1e4]
+    assert stats.lse_N.tolist() == pytest.approx([math.log(2)] * 2, rel=1e-6)
+    assert stats.entropy_N.tolist() == pytest.approx([math.log(2)] * 2, rel=1e-6)
+    assert stats.chosen_N.tolist() == [-math.inf, 0.0]
 
 
 def test_nothing_left_outside() -> None:
@@ -99,7 +102,7 @@ def test_bfloat16_is_computed_in_float32() -> None:
     assert found.lse_N.dtype == torch.float32
     torch.testing.assert_close(found.lse_N.double(), expected.lse_N, rtol=1e-6, atol=1e-6)
     grad_NV = row_grad_(
-        low_NV, found.lse_N, torch.full((4,), 2.0), index_NK, torch.zeros(4, 7), ids_N, torch.zeros(4)
+        low_NV, found.top_N + found.lse_N, torch.full((4,), 2.0), index_NK, torch.zeros(4, 7), ids_N, torch.zeros(4)
     )  # fmt: skip
     assert grad_NV.dtype == torch.bfloat16
     softmax_NV = torch.softmax(logits_NV.bfloat16().double(), -1).scatter(-1, index_NK, 0.0)

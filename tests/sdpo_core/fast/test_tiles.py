@@ -1,0 +1,63 @@
+"""Statistics by tiles of the vocabulary against those of whole rows of logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sdpo_core.fast import tiles
+from sdpo_core.fast.rows import row_stats
+from sdpo_core.fast.tiles import head_stats
+
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@pytest.fixture(autouse=True)
+def _narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tiles for a small vocabulary."""
+    monkeypatch.setattr(tiles, "TILE_ENTRIES", 1)
+    monkeypatch.setattr(tiles, "_LEAST_WIDTH", 16)
+
+
+def inputs(n: int, v: int, k: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Inputs:
+    g = torch.Generator().manual_seed(seed)
+    hidden_NH, weight_VH = (torch.randn(rows, 12, generator=g).to(dtype) * 2 for rows in (n, v))
+    index_NK = torch.argsort(torch.rand(n, v, generator=g), dim=-1)[:, :k]
+    return hidden_NH, weight_VH, torch.randn(v, generator=g).to(dtype), index_NK, torch.randint(0, v, (n,), generator=g)
+
+
+def compare(given: Inputs, tolerance: float) -> None:
+    hidden_NH, weight_VH, bias_V, index_NK, ids_N = given
+    found = head_stats(hidden_NH, weight_VH, bias_V, index_NK, ids_N)
+    expected = row_stats(torch.nn.functional.linear(hidden_NH, weight_VH, bias_V), index_NK, ids_N)
+    for name, value in vars(expected).items():
+        torch.testing.assert_close(getattr(found, name), value, rtol=tolerance, atol=tolerance, msg=name)
+
+
+@settings(deadline=None)
+@given(n=st.integers(1, 9), v=st.integers(2, 90), k=st.integers(0, 9), seed=st.integers(0, 9999))
+def test_equals_whole_rows(n: int, v: int, k: int, seed: int) -> None:
+    """Vocabularies that are no multiple of a tile, kept tokens anywhere."""
+    compare(inputs(n, v, min(k, v - 1), seed), 1e-10)
+
+
+def test_float32_and_a_rising_maximum() -> None:
+    """Later tiles exceed earlier ones by so much that the sums so far vanish."""
+    hidden_NH, weight_VH, bias_V, index_NK, ids_N = inputs(5, 80, 7, dtype=torch.float32)
+    compare((hidden_NH, weight_VH, torch.linspace(-200.0, 200.0, 80), index_NK, ids_N), 2e-5)
+    compare((hidden_NH, weight_VH, bias_V, index_NK, ids_N), 2e-5)
+
+
+def test_forbidden_tokens_and_a_forbidden_tile() -> None:
+    hidden_NH, weight_VH, bias_V, index_NK, ids_N = inputs(4, 64, 5)
+    bias_V[:20] = -torch.inf
+    bias_V[40] = -torch.inf
+    compare((hidden_NH, weight_VH, bias_V, index_NK, ids_N), 1e-10)
+
+
+def test_nothing_is_left_outside() -> None:
+    hidden_NH, weight_VH, bias_V, _, ids_N = inputs(3, 20, 1)
+    compare((hidden_NH, weight_VH, bias_V, torch.arange(20).expand(3, 20).contiguous(), ids_N), 1e-10)
