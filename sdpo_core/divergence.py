@@ -15,7 +15,7 @@ Conventions
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -46,17 +46,24 @@ class DivergenceSpec:
     """False: use the mixture formula at alpha 0 and 1 too (CLaaS at alpha 0: identically zero)."""
 
 
+GAP = DivergenceSpec(alpha=0.0, support="teacher", top_k=100)
+"""How far it is to the teacher, whatever is trained: the forward KL over its top tokens and a tail. The divergence that
+is trained would not do: a mixture has a bound of its own (.325 nats at alpha .1), a sampled loss is no distance."""
+
+
 @dataclass(frozen=True)
 class Target:
     """What is kept of the teacher for one batch or one sample; no gradient.
 
     `logp`: (..., K) with `index` for support "teacher"; (..., V) for "student" and "full"; (...) for "sampled".
-    `log_tail`: (...) log mass outside `index`, for support "teacher" with a tail bucket.
+    `log_tail`: (...) log mass outside `index`, for support "teacher".
+    `gap`: the buckets of `GAP`, where the fields above are not these.
     """
 
     logp: Tensor
     index: Tensor | None = None
     log_tail: Tensor | None = None
+    gap: Target | None = None
 
 
 def log_probs(logits: Tensor) -> Tensor:
@@ -113,15 +120,26 @@ def log_tail_from_kept(logp_K: Tensor) -> Tensor:
 
 
 def teacher_target(teacher_logits_V: Tensor, response_ids: Tensor, spec: DivergenceSpec) -> Target:
-    """Keep of the teacher's logits (..., V) what `spec` needs; `response_ids` (...) matter for "sampled" only."""
+    """Keep of the teacher's logits (..., V) what `spec` and `GAP` need; `response_ids` (...) matter for "sampled"."""
     logp_V = log_probs(teacher_logits_V.detach())
+    if keeps_gap(spec):
+        return _top_tokens(logp_V, spec.top_k)
+    gap = _top_tokens(logp_V, GAP.top_k)
     if spec.support == "sampled":
-        return Target(_sampled_teacher(logp_V, response_ids, spec))
+        return Target(_sampled_teacher(logp_V, response_ids, spec), gap=gap)
     if spec.support != "teacher":
-        return Target(logp_V)
-    index_K = top_k_indices(logp_V, spec.top_k)
-    log_tail = log_tail_outside(logp_V, index_K) if spec.outside == "tail" else None
-    return Target(logp_V.gather(-1, index_K), index_K, log_tail)
+        return Target(logp_V, gap=gap)
+    return replace(_top_tokens(logp_V, spec.top_k), gap=gap)
+
+
+def keeps_gap(spec: DivergenceSpec) -> bool:
+    """Whether what `spec` keeps of the teacher are the buckets of `GAP` already."""
+    return spec.support == "teacher" and spec.top_k == GAP.top_k
+
+
+def _top_tokens(logp_V: Tensor, top_k: int | None) -> Target:
+    index_K = top_k_indices(logp_V, top_k)
+    return Target(logp_V.gather(-1, index_K), index_K, log_tail_outside(logp_V, index_K))
 
 
 def _sampled_teacher(logp_V: Tensor, response_ids: Tensor, spec: DivergenceSpec) -> Tensor:
@@ -147,6 +165,21 @@ def token_divergence(student: Scores, target: Target, response_ids: Tensor, spec
     if spec.support == "sampled":
         return sampled_divergence(token_log_probs(student.logp, response_ids), target)
     return bucket_divergence(*_buckets(student, target, spec), spec)
+
+
+@torch.no_grad()
+def token_gap(student: Scores, target: Target) -> Tensor:
+    """`GAP` per response token, (...); NaN for a target made by hand without the teacher's top tokens and a tail."""
+    kept = gap_buckets(target)
+    if kept is None:
+        return torch.full_like(student.logp[..., 0], math.nan)
+    return bucket_divergence(*_buckets(student, kept, GAP), GAP)
+
+
+def gap_buckets(target: Target) -> Target | None:
+    """The part of a target that `GAP` is measured against."""
+    kept = target if target.gap is None else target.gap
+    return None if kept.index is None or kept.log_tail is None else kept
 
 
 def sampled_divergence(student_y: Tensor, target: Target) -> Tensor:

@@ -72,7 +72,8 @@ class Options:
     """Optimizer steps per batch at most, 1 to 64."""
     stop_gap: float = 0.1
     """Stop before an update once the teacher-student gap is closed: below this many nats at each answer's worst token,
-    mean over answers (`StepMetrics.peak_gap`). 0 = never. Praise stays below it, so it moves nothing."""
+    mean over answers (`StepMetrics.peak_gap`). Nats of the forward KL whatever is trained, so a value means the same
+    beside any alpha and support. 0 = never. Praise stays below it, so it moves nothing."""
     stop_gap_ratio: float = 0.0
     """Stop as well once the same gap is below this share of what it was at step 1. 0 = never."""
 

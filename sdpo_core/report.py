@@ -65,7 +65,8 @@ class StepMetrics:
     previous_anchor_loss: float
     """k3 to the version the batch started from, unweighted; nan when it was not scored."""
     gap: float
-    """Teacher-student distance, nats per response token, plain token mean."""
+    """Teacher-student distance, nats per response token, plain token mean; the same measure whatever is trained
+    (`divergence.GAP`)."""
     base_kl: float
     """KL(student || base), nats per response token (TokenTerms.base_kl); nan when the base was not scored."""
     peak_gap: float

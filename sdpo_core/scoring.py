@@ -200,6 +200,8 @@ def join_targets(targets: Sequence[Target]) -> Target:
     """Per-sample targets (T_b, ...) as one padded batch (B, T, ...)."""
     index = [t.index for t in targets if t.index is not None]
     tails = [t.log_tail for t in targets if t.log_tail is not None]
+    gaps = [t.gap for t in targets if t.gap is not None]
     return Target(
-        pad_rows([t.logp for t in targets]), pad_rows(index) if index else None, pad_rows(tails) if tails else None
-    )
+        pad_rows([t.logp for t in targets]), pad_rows(index) if index else None, pad_rows(tails) if tails else None,
+        join_targets(gaps) if gaps else None,
+    )  # fmt: skip

@@ -31,8 +31,7 @@ class TokenTerms:
     previous_anchor: Tensor
     """k3 to the version that the batch started from, unweighted; zeros without its log-probs."""
     gap: Tensor
-    """Teacher-student distance before weights: the divergence itself, or for a sampled token k3 towards the teacher,
-    since the sampled loss's value is no distance."""
+    """Teacher-student distance before weights, the same whatever is trained (`divergence.GAP`)."""
     ratio: Tensor
     """Clipped importance ratio."""
     raw_ratio: Tensor
@@ -63,6 +62,8 @@ class StudentView:
     """Of the response tokens, with gradient."""
     divergence: Tensor
     """From the teacher (`divergence.token_divergence`), with gradient."""
+    gap: Tensor
+    """As in TokenTerms."""
     entropy: Tensor
     base_kl: Tensor | None
     """As in TokenTerms; None without a base target."""
@@ -95,14 +96,16 @@ def token_terms(
     logits = torch.where(on_BT1, student_logits_BTV, torch.zeros_like(student_logits_BTV))
     student = dv.scores(logits)
     target = clean(target, on_BT)
+    divergence = dv.token_divergence(student, target, response_ids_BT, spec)
     view = StudentView(
         logp=dv.token_log_probs(student.logp, response_ids_BT),
-        divergence=dv.token_divergence(student, target, response_ids_BT, spec),
+        divergence=divergence,
+        gap=divergence.detach() if spec == dv.GAP else dv.token_gap(student, target),
         entropy=dv.entropy(student.logp.detach()),
         base_kl=_base_distance(student, base_target, response_ids_BT, on_BT),
     )
     return terms_of(
-        view, target, on_BT, spec, is_clip=is_clip, behaviour_BT=behaviour_BT, base_logp_BT=base_logp_BT,
+        view, target, on_BT, is_clip=is_clip, behaviour_BT=behaviour_BT, base_logp_BT=base_logp_BT,
         previous_logp_BT=previous_logp_BT, token_weights_BT=token_weights_BT, policy_gradient=policy_gradient,
         rewards_B=rewards_B,
     )  # fmt: skip
@@ -112,7 +115,6 @@ def terms_of(
     view: StudentView,
     target: Target,
     on_BT: Tensor,
-    spec: DivergenceSpec,
     *,
     is_clip: float | None,
     behaviour_BT: Tensor | None = None,
@@ -139,7 +141,6 @@ def terms_of(
         distill = advantage_loss(view.logp, behaviour, advantage_BT, policy_gradient)
     if token_weights_BT is not None:
         distill = distill * token_weights_BT.detach().float()
-    gap = k3(target.logp, logp_BT) if spec.support == "sampled" else view.divergence.detach()
 
     def keep(x_BT: Tensor) -> Tensor:
         return torch.where(on_BT, x_BT, torch.zeros_like(x_BT))
@@ -153,7 +154,7 @@ def terms_of(
         distill=keep(distill),
         anchor=anchored(base_logp_BT),
         previous_anchor=anchored(previous_logp_BT),
-        gap=keep(gap),
+        gap=keep(view.gap),
         ratio=keep(ratio),
         raw_ratio=keep(bounded_log_ratio(logp_BT, behaviour).exp()),
         base_kl=torch.zeros_like(logp_BT) if view.base_kl is None else keep(view.base_kl),
@@ -180,4 +181,5 @@ def clean(target: Target, on_BT: Tensor) -> Target:
 
     logp = tidy(target.logp)
     assert logp is not None  # noqa: S101 - narrows the type; a target always has log-probs
-    return Target(logp, target.index, tidy(target.log_tail))
+    gap = None if target.gap is None else clean(target.gap, on_BT)
+    return Target(logp, target.index, tidy(target.log_tail), gap)

@@ -35,9 +35,9 @@ def _single(group: str, name: str, **changes: Any) -> Setting:
     return Setting(name, group, ("single",), changes)
 
 
-def _sequence(group: str, name: str, **changes: Any) -> Setting:
-    """Around the centre with the teacher's own answers beside the student's, which is what holds in a sequence."""
-    return Setting(name, group, ("sequence",), {"rollouts": "both"} | changes)
+def _both(group: str, name: str, *plans: str, **changes: Any) -> Setting:
+    """Around `rollouts both`, which is what holds in a sequence; the name says so."""
+    return Setting(f"both, {name}", group, plans or ("sequence",), {"rollouts": "both"} | changes)
 
 
 _SAMPLED: dict[str, Any] = {"alpha": 1.0, "support": "sampled", "top_k": None}
@@ -54,8 +54,9 @@ SETTINGS: tuple[Setting, ...] = (
     _single("late", "3 late, no ratio", late=3, is_clip=None),
     _single("late", "3 late, sampled", late=3, refresh=False, **_SAMPLED),
     _single("late", "3 late, sampled, no ratio", late=3, refresh=False, is_clip=None, **_SAMPLED),
-    _sequence("standing", "standing none", standing="none"),
-    _sequence("standing", "standing all", standing="all"),
+    _both("late", "3 late", "single", "sequence", late=3),
+    _both("standing", "standing none", standing="none"),
+    _both("standing", "standing all", standing="all"),
     _single("alpha", "alpha .1", alpha=0.1),
     _single("alpha", "alpha .5", alpha=0.5),
     _single("alpha", "alpha 1", alpha=1.0),
@@ -66,6 +67,8 @@ SETTINGS: tuple[Setting, ...] = (
     _single("steps", "steps 4", steps=4),
     _single("steps", "steps 4, refresh off", steps=4, refresh=False),
     _single("steps", "steps 4, no ratio", steps=4, is_clip=None),
+    _single("steps", "steps 8, refresh off", refresh=False),
+    _single("steps", "steps 8, no ratio", is_clip=None),
     _single("learning rate", "rate 3.5e-4", learning_rate=3.5e-4),
     _single("learning rate", "rate 1.4e-3", learning_rate=1.4e-3),
     _single("learning rate", "rate 2.8e-3", learning_rate=2.8e-3),
@@ -75,11 +78,21 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("teacher previous", "teacher", ("single", "sequence"), {"teacher": "previous"}),
     Setting("teacher live", "teacher", ("single", "sequence"), {"teacher": "live"}),
     Setting("trust region .05", "teacher", ("single", "sequence"), {"teacher_mix": 0.05}),
-    _sequence("anchor", "base KL .1", base_kl_weight=0.1),
-    _sequence("anchor", "previous KL .1", previous_kl_weight=0.1),
-    _sequence("rehearsal", "rehearsal 10 %", rehearsal=0.1),
-    _sequence("rehearsal", "standing none, rehearsal 10 %", standing="none", rehearsal=0.1),
-    _sequence("learning rate", "both, rate 1.4e-3", learning_rate=1.4e-3),
-    _sequence("learning rate", "both, rate 3.5e-4", learning_rate=3.5e-4),
-    _sequence("alpha", "both, alpha .5", alpha=0.5),
+    _single("anchor", "base KL .1", base_kl_weight=0.1),
+    _single("anchor", "previous KL .1", previous_kl_weight=0.1),
+    _single("rehearsal", "rehearsal 10 %", rehearsal=0.1),
+    _both("anchor", "base KL .1", base_kl_weight=0.1),
+    _both("anchor", "previous KL .1", previous_kl_weight=0.1),
+    _both("rehearsal", "rehearsal 10 %", rehearsal=0.1),
+    _both("rehearsal", "standing none, rehearsal 10 %", standing="none", rehearsal=0.1),
+    _both("learning rate", "rate 1.4e-3", learning_rate=1.4e-3),
+    _both("learning rate", "rate 3.5e-4", learning_rate=3.5e-4),
+    _both("alpha", "alpha .1", alpha=0.1),
+    _both("alpha", "alpha .5", alpha=0.5),
+    _both("alpha", "alpha 1", alpha=1.0),
+    _both("K", "K 20", top_k=20),
+    _both("steps", "steps 4", steps=4),
+    _both("rank", "rank 2", rank=2),
+    _both("rank", "rank 32", rank=32),
+    _both("teacher", "teacher ema", teacher="ema", teacher_rate=0.05),
 )

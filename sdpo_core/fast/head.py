@@ -10,7 +10,7 @@ renormalised divergence without anchors), by a weighted sum of K rows of the hea
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -116,11 +116,15 @@ def kept_teacher(logits_NV: Tensor, ids_N: Tensor, spec: DivergenceSpec) -> Targ
     """`divergence.teacher_target` of a chunk, without its copies of the logits."""
     if spec.support != "teacher":
         return dv.teacher_target(logits_NV, ids_N, spec)
-    index_NK = dv.top_k_indices(logits_NV, spec.top_k)
+    target = _top_tokens(logits_NV, ids_N, spec.top_k)
+    return target if dv.keeps_gap(spec) else replace(target, gap=_top_tokens(logits_NV, ids_N, dv.GAP.top_k))
+
+
+def _top_tokens(logits_NV: Tensor, ids_N: Tensor, top_k: int | None) -> Target:
+    index_NK = dv.top_k_indices(logits_NV, top_k)
     stats = rows_for(logits_NV).row_stats(logits_NV, index_NK, ids_N)
     logp_NK = (stats.picked_NK - stats.lse_N.unsqueeze(-1)).clamp(min=dv.LOGP_FLOOR)
-    log_tail_N = (stats.rest_N - stats.lse_N).clamp(min=dv.TAIL_FLOOR) if spec.outside == "tail" else None
-    return Target(logp_NK, index_NK, log_tail_N)
+    return Target(logp_NK, index_NK, (stats.rest_N - stats.lse_N).clamp(min=dv.TAIL_FLOOR))
 
 
 def loss_and_gradient(
@@ -162,11 +166,12 @@ def _chunk(
     view = StudentView(
         logp=leaves.logp(),
         divergence=leaves.divergence(target, spec.divergence),
+        gap=_gap(logits_NV, ids_N, stats, target),
         entropy=stats.entropy_N,
         base_kl=None if logits_NV is None else _base_distance(logits_NV, ids_N, inputs.base_target, on_N),
     )
     terms = terms_of(
-        view, target, on_N, spec.divergence, is_clip=spec.is_clip, behaviour_BT=inputs.behaviour_N,
+        view, target, on_N, is_clip=spec.is_clip, behaviour_BT=inputs.behaviour_N,
         base_logp_BT=inputs.base_logp_N, previous_logp_BT=inputs.previous_logp_N,
         token_weights_BT=inputs.token_weights_N, policy_gradient=spec.policy_gradient, advantage_BT=inputs.advantage_N,
     )  # fmt: skip
@@ -255,6 +260,17 @@ def _base_distance(logits_NV: Tensor, ids_N: Tensor, base: Target | None, on_N: 
     stats, base = rows_for(logits_NV).row_stats(logits_NV, base.index, ids_N), clean(base, on_N)
     buckets = dv.kept_buckets(stats.picked_NK, stats.lse_N, stats.rest_N, base, BASE_DISTANCE)
     return dv.bucket_divergence(*buckets, BASE_DISTANCE)
+
+
+@torch.no_grad()
+def _gap(logits_NV: Tensor, ids_N: Tensor, stats: RowStats, target: Target) -> Tensor:
+    """`divergence.token_gap`; another reading of the logits only where the loss does not use its buckets."""
+    kept = dv.gap_buckets(target)
+    if kept is None or kept.index is None:
+        return torch.full_like(stats.lse_N, torch.nan)
+    if kept is not target:
+        stats = rows_for(logits_NV).row_stats(logits_NV, kept.index, ids_N)
+    return dv.bucket_divergence(*dv.kept_buckets(stats.picked_NK, stats.lse_N, stats.rest_N, kept, dv.GAP), dv.GAP)
 
 
 def _detached(terms: TokenTerms) -> TokenTerms:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -270,6 +271,28 @@ def test_peak_gap_is_the_mean_of_each_answers_worst_token(base: Qwen3ForCausalLM
         peaks.append(float((teacher.exp() * (teacher - student)).sum(-1).max()))
     metrics = run(policy, OPTIONS.replace(support="full", steps=1, micro_batch_tokens=24)).steps[0]
     assert metrics.peak_gap == pytest.approx(sum(peaks) / len(peaks), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"alpha": 0.1}, {"alpha": 0.5}, {"alpha": 1.0}, {"alpha": 0.5, "outside": "renormalise"}, {"top_k": 2},
+        {"support": "full"}, {"alpha": 0.5, "support": "student", "top_k": 5},
+        {"alpha": 1.0, "support": "sampled", "top_k": None},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("path", ["plain", "fast"])
+def test_a_stop_gap_means_the_same_whatever_is_trained(
+    base: Qwen3ForCausalLM, changes: dict[str, Any], path: Literal["plain", "fast"]
+) -> None:
+    """The same weights stop below the same number of nats, be the trained divergence bounded or no distance at all."""
+    policy = nudged(base)
+    gap = run(policy, OPTIONS.replace(top_k=100, steps=1, learning_rate=1e-9)).steps[0].peak_gap
+    assert gap > math.log(2.0), "more than any mixture can reach"
+    for stop, outcome in ((gap * 0.999, "updated"), (gap * 1.001, "gap_closed")):
+        options = OPTIONS.replace(top_k=100, steps=1, path=path, stop_gap=stop, learning_rate=1e-9).replace(**changes)
+        step = run(policy, options).steps[0]
+        assert (step.outcome, step.peak_gap) == (outcome, pytest.approx(gap, rel=1e-4))
 
 
 def test_callbacks_see_every_step_and_can_stop(base: Qwen3ForCausalLM) -> None:

@@ -202,6 +202,36 @@ def test_sample_mean_keeps_every_sample_equal_whatever_its_length() -> None:
     assert row_weights([2, 40], "seq-mean-token-mean")[0] == 1 / 4
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *SPECS, DivergenceSpec(0.1, "teacher", 100), DivergenceSpec(0.5, "teacher", 100, "renormalise"),
+        DivergenceSpec(0.0, "teacher", 100), DivergenceSpec(0.0, "teacher", 1), DivergenceSpec(1.0, "sampled", 5),
+    ],
+)  # fmt: skip
+def test_the_gap_is_the_same_measure_whatever_is_trained(spec: DivergenceSpec) -> None:
+    """A slow formula: forward KL on the teacher's 100 most probable of 120 tokens and one bucket for the others."""
+    g = torch.Generator().manual_seed(4)
+    student, teacher = (torch.randn(2, 3, 120, generator=g) * 3 for _ in range(2))
+    ids, mask = torch.randint(0, 120, (2, 3), generator=g), torch.tensor([[1, 1, 1], [1, 1, 0]])
+    terms = token_terms(student, teacher_target(teacher, ids, spec), ids, mask, spec, is_clip=2.0)
+    for b, t in mask.nonzero().tolist():
+        p, q = (torch.softmax(x[b, t].double(), -1).tolist() for x in (teacher, student))
+        order = sorted(range(120), key=lambda v: -p[v])
+        buckets = [*([v] for v in order[:100]), order[100:]]
+        masses = [(sum(p[v] for v in bucket), sum(q[v] for v in bucket)) for bucket in buckets]
+        assert float(terms.gap[b, t]) == pytest.approx(sum(x * math.log(x / y) for x, y in masses), rel=1e-4)
+    assert float(terms.gap[1, 2]) == 0.0
+
+
+def test_a_target_made_by_hand_may_not_know_the_gap() -> None:
+    """Then it is unknown, not 0: 0 would be a closed one."""
+    case, spec = Case(), DivergenceSpec(1.0, "sampled")
+    terms = token_terms(case.student, Target(case.own), case.ids, case.mask, spec, is_clip=2.0)
+    assert bool(terms.gap[case.mask == 1].isnan().all())
+    assert bool((terms.gap[case.mask == 0] == 0).all())
+
+
 def test_missing_parts_of_a_target_are_named() -> None:
     case = Case()
     spec = DivergenceSpec(0.5, "teacher", 3)
