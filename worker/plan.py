@@ -15,7 +15,7 @@ from sdpo_core.options import Options
 from sdpo_core.samples import Sample
 from worker.base_model import BaseModel
 from worker.machine import host_memory
-from worker.memory import HELD_MORE, LORA_STATE_BYTES, ModelShape, activation_bytes, adapter_weights
+from worker.memory import HELD_MORE, LORA_STATE_BYTES, ModelShape, activation_bytes, adapter_weights, kv_bytes
 
 LOGIT_COPIES = 6
 """float32 tensors of a chunk's size at a time, at most: when a teacher with a tail bucket is scored."""
@@ -57,9 +57,14 @@ def candidates(options: Options, lengths: Sequence[int]) -> Iterator[Options]:
 
 
 def needed(shape: ModelShape, tokens: int, rank: int, device: str, width: int, *, checkpointing: bool) -> int:
-    """Bytes of one micro-batch on top of the resident base; `width`: bytes of a base weight."""
+    """Bytes of one micro-batch on top of the resident base; `width`: bytes of a base weight.
+
+    Answers that the teacher writes are decoded as many tokens at a time, before anything is kept for a backward pass:
+    what their keys and values take counts where it is more.
+    """
     layer = activation_bytes(shape, width, rank, len(shape.modules()))
     kept = shape.hidden * width * shape.layers + layer if checkpointing else layer * shape.layers
+    kept = max(kept, kv_bytes(shape, width))
     logits = chunk_tokens(shape.vocabulary) * shape.vocabulary * 4 * LOGIT_COPIES
     states = LORA_STATE_BYTES * adapter_weights(shape, rank)
     return int(tokens * kept * HELD_MORE[device]) + logits + states

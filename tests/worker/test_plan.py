@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sdpo_core.options import Options
-from worker.memory import ModelShape
+from worker.memory import ModelShape, kv_bytes
 from worker.plan import candidates, fitting, free_bytes, needed
 
 GIB = 2**30
@@ -51,6 +53,12 @@ def test_no_memory_at_all_is_still_a_plan() -> None:
     chosen = plan(0)
     assert chosen.checkpointing
     assert chosen.micro_batch_tokens >= 1
+
+
+def test_what_the_teacher_writes_is_in_the_plan() -> None:
+    """Keys and values of as many tokens: one pair for each query and many layers are more than checkpointing keeps."""
+    deep = replace(EIGHT_B, kv_heads=32, layers=80)
+    assert needed(deep, 4096, 32, "cuda", 2, checkpointing=True) > 4096 * kv_bytes(deep, 2)
 
 
 def test_free_memory_of_this_machine() -> None:
