@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
-from sdpo_core.errors import ContextTooLong, SampleError
+from sdpo_core.errors import ContextTooLong, OptionError, SampleError
 from sdpo_core.options import Options
 from sdpo_core.policy import Policy
 from sdpo_core.samples import Sample
@@ -31,9 +31,19 @@ def taught_parts(policy: Policy, samples: Sequence[Sample], options: Options) ->
 
     Raises ContextTooLong and SampleError for a live sample that the model cannot read. Dead ones are never read.
     """
-    parts = [sample.without_first(options.skip_tokens) for sample in samples]
+    if not isinstance(options, Options):
+        raise OptionError("options", f"must be an Options, not a {type(options).__name__}")
+    parts = [sample.without_first(options.skip_tokens) for sample in listed_samples(samples)]
     check_readable(policy, parts)
     return parts
+
+
+def listed_samples(samples: Iterable[Sample]) -> list[Sample]:
+    """They are read more than once. Raises SampleError for anything else."""
+    found = [] if isinstance(samples, Sample) else list(samples)
+    if isinstance(samples, Sample) or not all(isinstance(s, Sample) for s in found):
+        raise SampleError("samples are a list of Sample")
+    return found
 
 
 def check_readable(policy: Policy, samples: Sequence[Sample]) -> None:

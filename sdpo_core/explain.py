@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sdpo_core import divergence as dv
-from sdpo_core.batch_checks import taught_parts
+from sdpo_core.batch_checks import listed_samples, taught_parts
 from sdpo_core.ema import EmaTeacher
 from sdpo_core.errors import SampleError
 from sdpo_core.options import Options
@@ -96,6 +96,7 @@ def explain(
     the student's prompts if not given. Raises OptionError when teacher `ema` lacks its state, SampleError when there is
     not one prompt for each sample, ContextTooLong and SampleError for samples that the model cannot read.
     """
+    samples = listed_samples(samples)
     prompts = [s.prompt_ids for s in samples] if untold_prompts is None else untold_prompts
     if len(prompts) != len(samples):
         raise SampleError(f"{len(prompts)} untold prompts for {len(samples)} samples")

@@ -109,5 +109,5 @@ def _digest(tensors: Iterable[Tensor]) -> str:
     for tensor in tensors:
         digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
         flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
-        digest.update(flat.cpu().numpy())
+        digest.update(flat.cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -64,6 +64,8 @@ def attach_lora(base: nn.Module, spec: LoraSpec) -> LoraPolicy:
     Raises AdapterError, `base` left as it was: it carries an adapter already, is no causal language model of
     Transformers, gives no finite logits, or lacks one of the layers.
     """
+    if not isinstance(spec, LoraSpec):
+        raise OptionError("spec", f"must be a LoraSpec, not a {type(spec).__name__}")
     _refuse_unfit(base)
     targets = list(spec.target_modules or linear_names(base))
     _refuse_unknown(base, targets)

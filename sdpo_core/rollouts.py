@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
-from sdpo_core.batch_checks import check_readable
+from sdpo_core.batch_checks import check_readable, listed_samples
 from sdpo_core.errors import OptionError
 from sdpo_core.path_choice import out_of_memory, release_memory
 from sdpo_core.samples import Sample, micro_batches
@@ -42,6 +42,7 @@ def learnt_from(
     """
     if rollouts not in get_args(Rollouts):
         raise OptionError("rollouts", f"must be one of {', '.join(get_args(Rollouts))}")
+    samples = listed_samples(samples)
     check_readable(policy, samples)
     live = [i for i, sample in enumerate(samples) if sample.live]
     if rollouts == "own" or not live:

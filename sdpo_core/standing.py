@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from sdpo_core.chat import ChatTokenizer, chat_ids
+from sdpo_core.errors import OptionError
 from sdpo_core.hearing import Hearing
 from sdpo_core.teacher_context import usable_remarks
 from sdpo_core.writing import Writer
@@ -152,7 +153,11 @@ def update_standing(
 
     At most `max_probes` of the probes, evenly spread, are judged on, and of the teacher's answers to them the first
     `max_new_tokens`. Without probes nothing can be judged: the merged list stands, within its bounds.
+    Raises SampleError for remarks and conversations that are no text, OptionError for less than one probe.
     """
+    if max_probes < 1:
+        raise OptionError("max_probes", "judge on one conversation at least")
+    standing, new = usable_remarks(standing), usable_remarks(new)
     merged = merge(
         standing, new, max_items=max_items, max_tokens=max_tokens, count_tokens=lambda r: _count(tokenizer, r)
     )

@@ -22,7 +22,7 @@ def undone_on_error(model: nn.Module) -> Iterator[None]:
         yield
     except BaseException:
         for module, before in children.items():
-            module._modules.clear()
+            module._modules.clear()  # what was added goes as well
             module._modules.update(before)
             module.training = training[module]
         for parameter, wanted in trainable.items():

@@ -34,6 +34,8 @@ def teacher_written(
 
     All of them decoded together, unfinished ones (see `Writer.ends`) too; `rollouts.learnt_from` makes a batch of them.
     """
+    if not samples:
+        return []
     answers = policy.write([s.teacher_prompt_ids for s in samples], max_new_tokens, should_stop)
     return [
         Sample(s.prompt_ids, answer, s.teacher_prompt_ids, taught=s.taught, teacher_written=True)

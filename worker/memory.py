@@ -183,7 +183,8 @@ def chunk_bytes(shape: ModelShape) -> int:
 
 
 def training_needs(shape: ModelShape, t: Training) -> dict[str, int]:
-    """Bytes by purpose, on the device that trains."""
+    """Bytes by purpose, on the device that trains. Writing answers comes before the activations and needs less: of
+    every layer the keys and values of as many tokens, which `activation_bytes` holds and more besides."""
     responses = t.batch_tokens // 2 if t.response_tokens is None else min(t.response_tokens, t.batch_tokens)
     adapted = len(t.modules or shape.modules())
     saved = t.batch_tokens * shape.layers * activation_bytes(shape, t.dtype_bytes, t.rank, adapted)

@@ -24,6 +24,7 @@ from worker.memory import (
     activation_bytes,
     adapter_weights,
     chunk_bytes,
+    kv_bytes,
     plain_logit_bytes,
 )
 
@@ -79,9 +80,14 @@ def needed(
     plain_responses: int | None = None,
 ) -> int:  # fmt: skip
     """Bytes of one micro-batch on top of the resident base; `width`: bytes of a base weight. `plain_responses`:
-    response tokens of the micro-batch on the plain path; None: the fast path."""
+    response tokens of the micro-batch on the plain path; None: the fast path.
+
+    Answers that the teacher writes are decoded as many tokens at a time, before anything is kept for a backward pass:
+    what their keys and values take counts where it is more.
+    """
     layer = activation_bytes(shape, width, rank, len(shape.modules()))
     kept = shape.hidden * width * shape.layers + layer if checkpointing else layer * shape.layers
+    kept = max(kept, kv_bytes(shape, width))
     logits = chunk_bytes(shape)
     if plain_responses is not None:
         logits = plain_logit_bytes(shape, plain_responses, 4 if width == 4 else 2)

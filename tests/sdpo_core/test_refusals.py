@@ -17,6 +17,7 @@ from sdpo_core import (
     ContextTooLong,
     LoraPolicy,
     LoraSpec,
+    OptionError,
     Options,
     Sample,
     SampleError,
@@ -31,7 +32,9 @@ from sdpo_core import (
     teacher_messages,
     teacher_prompt,
     teacher_targets,
+    teacher_written,
     train_batch,
+    update_standing,
     usable_remarks,
     withdraw,
 )
@@ -300,3 +303,31 @@ def test_skipped_tokens_count_nowhere(policy: LoraPolicy, path: str) -> None:
         steps.append(replace(result.steps[0], seconds=0.0))
     assert steps[0] == steps[1]
     assert steps[0].response_tokens == 4
+
+
+def test_lists_of_something_else_are_refused_and_generators_read_once(
+    policy: LoraPolicy, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    asked: list[Callable[[Any], Any]] = [
+        lambda s: train_batch(policy, make_optimizer(policy, OPTIONS), s, OPTIONS).samples,
+        lambda s: teacher_targets(policy, s, OPTIONS),
+        lambda s: explain(policy, tokenizer, s, OPTIONS).answers,
+        lambda s: learnt_from(policy, s, "own"),
+    ]
+    for ask in asked:
+        assert len(ask(s for s in SAMPLES)) == len(SAMPLES)
+        for wrong in (SAMPLES[0], [(1, 2)], ["a"]):
+            with pytest.raises(SampleError, match="list of Sample"):
+                ask(wrong)
+    options: Any = {"steps": 1}
+    with pytest.raises(OptionError, match="options"):
+        train_batch(policy, make_optimizer(policy, OPTIONS), SAMPLES, options)
+    spec: Any = {"rank": 1}
+    with pytest.raises(OptionError, match="spec"):
+        attach_lora(tiny_model(), spec)
+    assert teacher_written(policy, [], 3) == []
+    one_string: Any = "ab"
+    with pytest.raises(SampleError, match="list"):
+        update_standing(policy, tokenizer, one_string, ["be brief"], [])
+    with pytest.raises(OptionError, match="max_probes"):
+        update_standing(policy, tokenizer, [], ["be brief"], [], max_probes=0)

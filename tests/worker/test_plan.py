@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from sdpo_core.fast.head import chunk_tokens
 from sdpo_core.options import Options
-from worker.memory import LOGIT_COPIES, ModelShape, chunk_bytes
+from worker.memory import LOGIT_COPIES, ModelShape, chunk_bytes, kv_bytes
 from worker.plan import candidates, fitting, free_bytes, needed
 
 GIB = 2**30
@@ -77,6 +77,12 @@ def test_a_chunk_is_the_fast_paths() -> None:
         shape = replace(EIGHT_B, vocabulary=vocabulary)
         logits = chunk_tokens(vocabulary) * vocabulary
         assert 0 <= chunk_bytes(shape) - logits * 4 * LOGIT_COPIES < vocabulary * 4 * LOGIT_COPIES
+
+
+def test_what_the_teacher_writes_is_in_the_plan() -> None:
+    """Keys and values of as many tokens: one pair for each query and many layers are more than checkpointing keeps."""
+    deep = replace(EIGHT_B, kv_heads=32, layers=80)
+    assert needed(deep, 4096, 32, "cuda", 2, checkpointing=True) > 4096 * kv_bytes(deep, 2)
 
 
 def test_free_memory_of_this_machine() -> None:
