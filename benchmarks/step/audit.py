@@ -19,12 +19,13 @@ SHAPE = TINY.scaled(hidden=128, vocabulary=8_000, prompt=24, response=40)
 LIMIT = 1e-5
 """Of the gradient, relative, in float32: issue 6's."""
 QUANTITIES = {
-    "gradient": "gradient, relative", "loss": "loss", "tokens": "any value of any token", "teacher": "teacher's log-probs",
+    "gradient": "gradient, relative", "loss": "loss", "tokens": "any value of any token",
+    "teacher": "teacher's log-probs",
 }  # fmt: skip
 
 
 def audited(steps: int = 8) -> list[Json]:
-    """Largest differences of every step, by name; both kinds of head gradient, sparse (renormalised) and dense (tail)."""
+    """Largest differences of every step, by name; a loss with a sparse head gradient, and one with a dense one."""
     rows: list[Json] = []
     for outside in ("renormalise", "tail"):
         case, options = build(SHAPE), FAST.replace(steps=steps, outside=outside, audit=True, micro_batch_tokens=128)
