@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,12 +65,12 @@ class Ratios:
         }
 
 
-def compare(case: Case, steps: int, repetitions: int) -> dict[str, Json]:
+def compare(case: Case, steps: int, repetitions: int, variants: Sequence[Variant] = VARIANTS) -> dict[str, Json]:
     """Per variant: median CPU seconds, paired ratios, and the last step's gradient against the baseline's.
 
     The gradient is that of the same run whose time is shown (the last repetition).
     """
-    prepared = {v.name: v.prepare(case) for v in VARIANTS}
+    prepared = {v.name: v.prepare(case) for v in variants}
     gradients: dict[str, Tensor] = {}
 
     def task(variant: Variant) -> Callable[[], None]:
@@ -81,14 +81,14 @@ def compare(case: Case, steps: int, repetitions: int) -> dict[str, Json]:
 
         return run
 
-    seconds: dict[str, list[float]] = {v.name: [] for v in VARIANTS}
-    for name, spent in in_turn({v.name: task(v) for v in VARIANTS}, repetitions):
+    seconds: dict[str, list[float]] = {v.name: [] for v in variants}
+    for name, spent in in_turn({v.name: task(v) for v in variants}, repetitions):
         seconds[name].append(spent)
     expected = gradients["baseline"]
     return {
         v.name: Ratios.of(seconds["baseline"], seconds[v.name]).summary()
         | {"gradient_difference": float((gradients[v.name] - expected).norm() / expected.norm())}
-        for v in VARIANTS
+        for v in variants
     }
 
 

@@ -22,6 +22,11 @@ class Variant:
     run: Callable[[Case, int, Targets], None]
     prepare: Callable[[Case], Targets] = lambda _: None
 
+    def measured_at(self, shape: str, steps: int) -> bool:
+        """Whether `make bench` runs it: more steps of `plain`, and of a precomputed teacher where nothing is asked of
+        it, would take minutes and tell nothing new."""
+        return steps == 1 or self.name in ("baseline", "fast") or (self.name == "teacher ahead" and shape == "P")
+
 
 def _baseline(case: Case, steps: int, _: Targets) -> None:
     baseline_batch(case.policy.model, case.samples, OPTIONS, steps)

@@ -177,7 +177,7 @@ def _chunk(
     )  # fmt: skip
     loss = (terms.loss(spec.base_kl_weight, spec.previous_kl_weight) * inputs.weights_N).sum()
     slopes = leaves.slopes(loss)
-    if spec.sparse and slopes.picked_NK is not None:
+    if spec.sparse and slopes.picked_NK is not None and len(ids_N) > 0:
         return _detached(terms), kept_gradient(head, index_NK, slopes.picked_NK)
     assert logits_NV is not None  # noqa: S101 - tiles are for sparse losses
     return _detached(terms), _through_head(head, logits_NV, stats, slopes, index_NK, ids_N)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.step import gpu, parts, report
+from benchmarks.step import audit, gpu, parts, report
 from benchmarks.step.measure import compare, peak_above
 from benchmarks.step.shapes import OPTIONS, QWEN3_8B, TINY, P, build
 from sdpo_core.scoring import Scorer
@@ -50,6 +50,19 @@ def test_loss_alone_agrees_and_needs_less_memory() -> None:
     found, expected = tasks["fast"](), tasks["baseline"]()
     assert float((found - expected).norm() / expected.norm()) < 1e-5
     assert 0 < peak_above(tasks["fast"]) < 0.7 * peak_above(tasks["baseline"])
+
+
+def test_audit_shows_both_losses_within_the_limit(tmp_path: Path) -> None:
+    rows = audit.audited(steps=2)
+    assert [(r["outside"], r["step"]) for r in rows] == [
+        ("renormalise", 1),
+        ("renormalise", 2),
+        ("tail", 1),
+        ("tail", 2),
+    ]
+    assert all(0.0 < float(str(r["gradient"])) < audit.LIMIT for r in rows)
+    audit.plot(rows, tmp_path / "audit.svg")
+    assert "gradient, relative" in (tmp_path / "audit.svg").read_text()
 
 
 def test_scaling_measures_every_size() -> None:
