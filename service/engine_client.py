@@ -171,7 +171,7 @@ class EngineClient:
 
     async def probe(self, model: str) -> None:
         """One generated token: the only proof that an engine lives. Raises EngineError when it gives none."""
-        # With a log-prob: what vLLM compiles for them at their first use (seconds) is not for the first client to wait for.
+        # With a log-prob: at their first use vLLM compiles for seconds, for which the first client is not to wait.
         payload = {"model": model, "prompt": "a", "max_tokens": 1, "temperature": 0, "logprobs": 0}
         try:
             body = json_of(await self._call("POST", "/v1/completions", json=payload, timeout=PROBE_TIMEOUT))
