@@ -28,7 +28,7 @@ async def test_a_probe_asks_for_a_log_prob() -> None:
 
 
 async def test_a_generating_request_says_what_other_requests_say() -> None:
-    """It goes past httpx2's client: key, path under a prefix, the type of the body and the time-outs go along all the same."""
+    """It goes past httpx2's client: key, path under a prefix, type and time-outs go along all the same."""
     seen: list[httpx2.Request] = []
 
     def engine(request: httpx2.Request) -> httpx2.Response:
