@@ -171,7 +171,8 @@ class EngineClient:
 
     async def probe(self, model: str) -> None:
         """One generated token: the only proof that an engine lives. Raises EngineError when it gives none."""
-        payload = {"model": model, "prompt": "a", "max_tokens": 1, "temperature": 0}
+        # With a log-prob: at their first use vLLM compiles for seconds, for which the first client is not to wait.
+        payload = {"model": model, "prompt": "a", "max_tokens": 1, "temperature": 0, "logprobs": 0}
         try:
             body = json_of(await self._call("POST", "/v1/completions", json=payload, timeout=PROBE_TIMEOUT))
         except Unprocessable as error:

@@ -8,7 +8,7 @@ import sqlite3
 import pytest
 
 from benchmarks.gateway import before, synthetic_engine
-from benchmarks.pairs import Half, Load, Rounds, compared, figures
+from benchmarks.pairs import SHORT, Half, Load, Rounds, compared, figures
 
 
 @pytest.mark.slow
@@ -19,16 +19,20 @@ def test_both_sides_are_asked_and_every_answer_through_the_gateway_is_kept() -> 
             kept = rows.execute("SELECT response_token_ids, logprobs, adapter_id FROM rollouts").fetchall()
     assert found["rounds"] == 1
     assert found["chunks_per_s"] > 0
-    assert len(kept) == 2 * (1 + 2) + 2 * (1 + 1), "each client's first request, then those that are measured"
+    asked = 2 * (1 + 2) + 2 * (1 + 1) + 2 * (1 + SHORT // 2)
+    assert len(kept) == asked, "each client's first request, then those that are measured"
     assert all(ids and values and adapter for ids, values, adapter in kept)
 
 
 def test_figures_are_medians_of_what_differs_in_a_round() -> None:
     """A round in which the whole machine was slow moves nothing."""
     rounds = Rounds(
-        [Half(1.0, 100.0), Half(9.0, 10.0), Half(1.0, 100.0)], [Half(3.0, 50.0), Half(11.5, 5.0), Half(3.5, 40.0)]
+        [Half(1.0, 100.0), Half(9.0, 10.0), Half(1.0, 100.0)],
+        [Half(3.0, 50.0), Half(11.5, 5.0), Half(3.5, 40.0)],
+        [1.5, 10.0, 1.25],
     )
     found = figures(rounds)
     assert found["ttft_overhead_ms_p50"] == 2.5
     assert found["ttft_overhead_ms_range"] == [2.0, 2.5]
+    assert found["ttft_engine_capture_ms_p50"] == 0.5
     assert (found["chunks_per_s"], found["direct_chunks_per_s"]) == (40, 100)

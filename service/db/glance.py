@@ -14,7 +14,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import Select
+from sqlalchemy import ClauseElement
 from sqlalchemy.dialects import sqlite as sqlite_dialect
 
 MAX_ROWS = 2
@@ -24,7 +24,7 @@ class NotNow(Exception):
     """Ask in the ordinary way."""
 
 
-def plain(statement: Select[Any]) -> str:
+def plain(statement: ClauseElement) -> str:
     """The statement in SQLite's words, with named parameters; JSON columns come as text."""
     return str(statement.compile(dialect=sqlite_dialect.dialect(paramstyle="named")))
 

@@ -126,7 +126,7 @@ class KeyRing:
     def check_all(self, s: Session, keys: Sequence[str]) -> list[Principal | None]:
         """As `check` for each, with one look at the database. Nothing is remembered: a revoked key ends at once."""
         ids = {match[1] for key in keys if (match := _SHAPE.fullmatch(key))}
-        rows = {r.id: r._mapping for r in s.execute(_VALID, {"ids": sorted(ids)})} if ids else {}
+        rows = {r.id: r._asdict() for r in s.execute(_VALID, {"ids": sorted(ids)})} if ids else {}
         return [self._owner(key, rows) for key in keys]
 
     def glance(self, glance: Glance, key: str) -> Principal | None:

@@ -90,7 +90,7 @@ def test_the_parts_start_by_hand_as_printed(tmp_path: Path) -> None:
             done = subprocess.run(**here(line), capture_output=True, text=True, check=True)  # type: ignore[call-overload]
             key = done.stdout.strip() if "--tenant" in command else key
         with Client(f"http://127.0.0.1:{ports['8700']}", key) as client:
-            wait_for(lambda: _ready(client), timeout=90)
+            wait_for(lambda: _ready(client), timeout=240)
             assert client.chat("perennial-demo", "capital of peru?", temperature=0).text == "lima."
     finally:
         for process in started:

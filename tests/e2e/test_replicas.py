@@ -144,6 +144,6 @@ def test_an_engine_killed_under_load_leaves_its_traffic_to_the_other(
     assert wrong == []
     assert len(failures) <= 4, "those in flight on it, each once"
     for at, answer in failures:
-        assert killed <= at < killed + 10.0
+        assert killed <= at < killed + 60.0
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_unavailable")
         assert int(answer.headers["retry-after"]) > 0

@@ -121,7 +121,7 @@ def test_the_canary_holds_vllm_to_what_the_trainer_computed(vllm: VllmServer, se
         wrong = json.dumps(record | {"logprobs": [v - 0.001 for v in record["logprobs"]]})
         rows.execute("UPDATE versions SET canary = ? WHERE n = 1", (wrong,))
     tenant.ok("POST", "/v1/adapters/h/promote", json={"version": 0})
-    until = time.monotonic() + 30
+    until = time.monotonic() + 120
     while ours(vllm, stack):
         assert time.monotonic() < until, "version 1 is not wanted any more"
         time.sleep(0.2)

@@ -16,7 +16,7 @@ from service.local import LocalStack
 from tests.vllm.conftest import stack_before
 from tests.vllm.server import VllmServer, wait_engine
 from tests.vllm.tenant import Answer, Tenant, weights
-from tests.vllm.test_swap import loads_before_traffic, wait_live
+from tests.vllm.test_swap import loads_before_traffic, wait_for, wait_live
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 NAMES = ["a", "b"]
@@ -102,13 +102,6 @@ def holding(server: VllmServer, n: int) -> int:
     return sum(name.endswith(f"-v{n}") for name in server.models())
 
 
-def wait_for(what: Callable[[], bool], seconds: float = 120.0) -> None:
-    until = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < until
-        time.sleep(0.1)
-
-
 def answered(server: VllmServer) -> float:
     return server.metric("vllm:request_success_total")
 
@@ -120,7 +113,7 @@ def test_one_of_two_servers_dies_under_load_and_comes_back_whole(
     with before(pair, tmp_path / "data") as (_, tenant):
         for i, name in enumerate(NAMES):
             tenant.create(name)
-            wait_live(tenant, name, tenant.upload(name, weights(80 + i)), 120)
+            wait_live(tenant, name, tenant.upload(name, weights(80 + i)))
         wait_for(lambda: all(holding(server, 1) == len(NAMES) for server in pair))
         load, counts = Load(tenant), [answered(server) for server in pair]
         with load.running():
@@ -130,7 +123,7 @@ def test_one_of_two_servers_dies_under_load_and_comes_back_whole(
                 wait_for(lambda: load.asked < time.monotonic() - 3)  # a whole answer is under way on this one
                 killed = time.monotonic()
                 dying.stop(force=True)
-            wait_live(tenant, NAMES[0], tenant.upload(NAMES[0], weights(90)), 120)  # the other is enough
+            wait_live(tenant, NAMES[0], tenant.upload(NAMES[0], weights(90)))  # the other is enough
             wait_for(lambda: sum(asked > killed for asked, _ in load.streamed) > 4 * STREAMS)
             load.pause = GENTLE
             dying.start()

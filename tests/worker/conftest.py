@@ -43,7 +43,7 @@ from worker.versions import directory_of, scan, version_digest
 
 BASE = "tiny/base"
 TOKEN = "a-worker-token"
-PATIENCE = 60.0
+PATIENCE = 180.0
 """Seconds after which an awaited event counts as missing."""
 REPOSITORY = Path(__file__).parents[2]
 TEMPLATE = (
