@@ -109,6 +109,9 @@ def test_another_host_has_its_own_copies(
     assert other.alice.get("/v1/adapters").json()["data"][0]["live_version"] == 1
     assert other.engine.adapters[other.served(1)].startswith(str(tmp_path / "other" / "cache"))
     assert other.alice.says("helper").endswith("-v1")
+    helper.learn("two")
+    other.converge()
+    assert list(other.engine.adapters) == [other.served(2)], "the publisher does not see that engine"
 
 
 def test_bytes_are_checked_at_each_load(helper: Stack, stored: Stored, tmp_path: Path) -> None:
