@@ -89,7 +89,6 @@ def hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hosts]:
             monkeypatch.setenv(name, value)
         monkeypatch.setenv("PERENNIAL_DATABASE_URL", stack.enter_context(fresh("postgresql")))
         monkeypatch.setenv("PERENNIAL_STORAGE", s3.make_bucket(endpoint))
-        monkeypatch.setenv("PERENNIAL_STORAGE_SECONDS", "2")
         settings = {
             "PERENNIAL_LEASE_SECONDS": LEASE, "PERENNIAL_MAX_ATTEMPTS": "50", "PERENNIAL_RETRY_BACKOFF": "0",
             "PERENNIAL_COALESCE_ITEMS": "1",
