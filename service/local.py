@@ -126,13 +126,15 @@ class LocalStack:
     def start(self, *parts: str) -> None:
         """Start these parts (all by default); what runs already is left alone."""
         commands, environment = self._commands(), self._environment()
+        # The credentials of the object storage are the service's alone.
+        without = {name: value for name, value in environment.items() if not name.startswith("AWS_")}
         for part in parts or PARTS:
             if self.alive(part):
                 continue
             with (self.data / "logs" / f"{part}.log").open("ab") as log:
                 self.processes[part] = subprocess.Popen(  # noqa: S603 - our own interpreter and modules
                     [sys.executable, *commands[part]],
-                    env=environment,
+                    env=environment if part == "service" else without,
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,

@@ -27,6 +27,7 @@ from tests.service import s3
 from tests.service.s3 import Link
 
 LEASE = "3"
+PATIENCE = 300.0
 
 
 @dataclass
@@ -74,9 +75,9 @@ class Hosts:
         return Running(self.a, self.client).remark("helper", key, n, seed, **training)
 
     def served(self, sent: Json, n: int) -> None:
-        job = self.client.follow(sent["job_id"], lambda _: None, timeout=120)
+        job = self.client.follow(sent["job_id"], lambda _: None, timeout=PATIENCE)
         assert (job["status"], job["version"]) == ("succeeded", n)
-        wait_for(lambda: self.client.chat("helper", "capital of peru?").model == f"helper@v{n}")
+        wait_for(lambda: self.client.chat("helper", "capital of peru?").model == f"helper@v{n}", PATIENCE)
 
 
 @pytest.fixture
@@ -88,7 +89,6 @@ def hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hosts]:
             monkeypatch.setenv(name, value)
         monkeypatch.setenv("PERENNIAL_DATABASE_URL", stack.enter_context(fresh("postgresql")))
         monkeypatch.setenv("PERENNIAL_STORAGE", s3.make_bucket(endpoint))
-        monkeypatch.setenv("PERENNIAL_STORAGE_SECONDS", "2")
         settings = {
             "PERENNIAL_LEASE_SECONDS": LEASE, "PERENNIAL_MAX_ATTEMPTS": "50", "PERENNIAL_RETRY_BACKOFF": "0",
             "PERENNIAL_COALESCE_ITEMS": "1",
@@ -101,11 +101,12 @@ def hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hosts]:
         stack.callback(b.kill)
         a.start("engine", "service")
         b.start((a.data / "worker.key").read_text())
-        a.wait_ready()
+        a.wait_ready(PATIENCE)
         yield Hosts(a, b, between, storage, stack.enter_context(Client(a.url, a.api_key)))
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # ends in half a minute; what is awaited is never the clock
 def test_lines_are_cut_and_healed_and_nothing_is_lost(hosts: Hosts) -> None:
     client, b = hosts.client, hosts.b
     Running(hosts.a, client).create("helper", steps=2)
@@ -114,15 +115,15 @@ def test_lines_are_cut_and_healed_and_nothing_is_lost(hosts: Hosts) -> None:
 
     hosts.storage.cut()
     sent.append(hosts.send("hope", 4, 2))
-    wait_for(lambda: "503 storage_unavailable, trying again" in b.log)
+    wait_for(lambda: "503 storage_unavailable, trying again" in b.log, PATIENCE)
     assert client.chat("helper", "capital of peru?").model == "helper@v1", "answers need no storage"
     hosts.storage.heal()
     hosts.served(sent[1], 2)
 
     sent.append(hosts.send("hope", 16, 3, steps=32))
-    wait_for(lambda: job_of(client, sent[2]["job_id"])["metrics"])
+    wait_for(lambda: job_of(client, sent[2]["job_id"])["metrics"], PATIENCE)
     hosts.between.cut()
-    wait_for(lambda: "service silent for longer than the lease" in b.log)
+    wait_for(lambda: "service silent for longer than the lease" in b.log, PATIENCE)
     hosts.between.heal()
     hosts.served(sent[2], 3)
 

@@ -48,7 +48,7 @@ def environment(endpoint: str) -> dict[str, str]:
 def make_bucket(endpoint: str) -> str:
     """A new bucket; the URL of a prefix in it, as the settings have it."""
     name = f"bucket-{secrets.token_hex(4)}"
-    assert httpx2.put(f"{endpoint}/{name}").status_code == 200
+    assert httpx2.put(f"{endpoint}/{name}", timeout=120.0).status_code == 200
     return f"s3://{name}/some/prefix"
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,8 +26,6 @@ from tests.service import s3 as servers
 from tests.service.harness import Stack, error_of
 from tests.service.s3 import Link, Stored, s3  # noqa: F401 - a fixture
 
-QUICK = {"storage_seconds": 2.0}
-
 
 @pytest.fixture
 def line(s3: str) -> Iterator[Link]:  # noqa: F811
@@ -48,7 +45,7 @@ def stored(s3: str, line: Link, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sto
 
 @pytest.fixture
 def helper(make_stack: Callable[..., Stack], stored: Stored) -> Stack:
-    stack = make_stack(storage=stored.url, **QUICK)
+    stack = make_stack(storage=stored.url)
     stack.alice.create()
     return stack
 
@@ -103,12 +100,15 @@ def test_another_host_has_its_own_copies(
     helper: Stack, stored: Stored, make_stack: Callable[..., Stack], tmp_path: Path
 ) -> None:
     helper.learn("one")
-    other = make_stack(storage=stored.url, adapters_dir=tmp_path / "other", publisher_lease_seconds=0.1, **QUICK)
+    other = make_stack(storage=stored.url, adapters_dir=tmp_path / "other", publisher_lease_seconds=0.1)
     assert other.engine is not helper.engine
     other.converge()
     assert other.alice.get("/v1/adapters").json()["data"][0]["live_version"] == 1
     assert other.engine.adapters[other.served(1)].startswith(str(tmp_path / "other" / "cache"))
     assert other.alice.says("helper").endswith("-v1")
+    helper.learn("two")
+    other.converge()
+    assert list(other.engine.adapters) == [other.served(2)], "the publisher does not see that engine"
 
 
 def test_bytes_are_checked_at_each_load(helper: Stack, stored: Stored, tmp_path: Path) -> None:
@@ -183,7 +183,6 @@ def test_what_a_crash_leaves_is_garbage_and_nothing_else(helper: Stack, stored: 
     for file in files[:2]:
         helper.worker.send(lease, file)
     database, storage = helper.context.database, helper.context.storage
-    time.sleep(1.1)  # S3 tells times in whole seconds
     assert garbage.collect(database, storage, grace=0.0) == [], "its run may still commit"
     helper.worker.fail(lease, retryable=False)
     assert garbage.collect(database, storage) == [], "young"
@@ -222,7 +221,7 @@ def test_copies_go_when_no_engine_needs_them(helper: Stack) -> None:
 def test_an_upload_through_two_hosts(
     helper: Stack, stored: Stored, make_stack: Callable[..., Stack], tmp_path: Path
 ) -> None:
-    other = make_stack(storage=stored.url, adapters_dir=tmp_path / "other", **QUICK)
+    other = make_stack(storage=stored.url, adapters_dir=tmp_path / "other")
     lora = LoraSettings.model_validate(helper.alice.adapter()["lora"])
     bodies = {
         "adapter_config.json": json.dumps(peft_files.config(lora)).encode(),
@@ -246,7 +245,7 @@ def test_versions_of_the_shared_directory_are_brought_over(make_stack: Callable[
     before = make_stack()
     before.alice.create()
     before.learn("one")
-    after = make_stack(storage=stored.url, publisher_lease_seconds=0.1, **QUICK)
+    after = make_stack(storage=stored.url, publisher_lease_seconds=0.1)
     (finding,) = [f for f in look(after) if f.code == "files_not_stored"]
     assert finding.repair is not None
     finding.repair()
@@ -262,7 +261,7 @@ def test_storage_that_cannot_be_used_is_said_at_start(
 ) -> None:
     stored.bucket.claim(OWNER, "somebody else")
     url = url.format(bucket=stored.url.split("/")[2])
-    settings = Settings.model_validate({"data_dir": tmp_path, "model_dir": model_dir, "storage": url} | QUICK)
+    settings = Settings.model_validate({"data_dir": tmp_path, "model_dir": model_dir, "storage": url})
     with pytest.raises(Unavailable, match=why) as failed:
         contexts.build(settings)
     assert servers.SECRET not in str(failed.value)
@@ -270,7 +269,7 @@ def test_storage_that_cannot_be_used_is_said_at_start(
 
 def test_a_line_that_is_cut_is_said_at_start(stored: Stored, line: Link, tmp_path: Path, model_dir: Path) -> None:
     line.cut()
-    settings = Settings.model_validate({"data_dir": tmp_path, "model_dir": model_dir, "storage": stored.url} | QUICK)
+    settings = Settings.model_validate({"data_dir": tmp_path, "model_dir": model_dir, "storage": stored.url})
     with pytest.raises(Unavailable, match=stored.url) as failed:
         contexts.build(settings)
     assert servers.SECRET not in str(failed.value)
