@@ -67,6 +67,8 @@ SETTINGS: tuple[Setting, ...] = (
     _single("steps", "steps 4", steps=4),
     _single("steps", "steps 4, refresh off", steps=4, refresh=False),
     _single("steps", "steps 4, no ratio", steps=4, is_clip=None),
+    _single("steps", "steps 8, refresh off", refresh=False),
+    _single("steps", "steps 8, no ratio", is_clip=None),
     _single("learning rate", "rate 3.5e-4", learning_rate=3.5e-4),
     _single("learning rate", "rate 1.4e-3", learning_rate=1.4e-3),
     _single("learning rate", "rate 2.8e-3", learning_rate=2.8e-3),

@@ -95,6 +95,11 @@ CLAIMS: dict[str, Claim] = {
         for off in ("refresh off", "no ratio")
         for m in ("speed", "end", "content")
     ),
+    "nor do they with 8": lambda r: all(
+        r.verdict(f"steps 8, {off}", m) == TIE
+        for off in ("refresh off", "no ratio")
+        for m in ("speed", "end", "content")
+    ),
     "twice and four times the rate are faster": lambda r: all(
         r.verdict(f"rate {x}") == "more" for x in ("1.4e-3", "2.8e-3")
     ),
@@ -151,6 +156,15 @@ CLAIMS: dict[str, Claim] = {
     "in one order the third preference was not learnt at all, and in two the withdrawn one stayed": lambda r: (
         sum(run.ends[2] < 0.1 for run in r.row("both, alpha .5")) == 1
         and sum(run.undone is not None and run.undone[0] > 0.9 for run in r.row("both, alpha .5")) == 2
+    ),
+    "do worse in a row": lambda r: all(
+        sum(r.holds(s)) < sum(same_units(r, s)) for s in ("both, alpha .5", "both, alpha 1")
+    ),
+    "in one order learnt nothing rightly": lambda r: (
+        [max(run.ends) < 0.6 and run.content < 0.5 for run in r.row("both, alpha 1")].count(True) == 1
+    ),
+    "makes no difference that is seen": lambda r: all(
+        r.verdict(s) == TIE for s in ("previous KL .1", "rehearsal 10 %")
     ),
     "(the two others at content .83 and .84;": lambda r: (
         sorted(round(run.content, 2) for run in r.row("rollouts both") if not run.holds) == [0.83, 0.84]
