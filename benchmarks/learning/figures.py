@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from benchmarks.learning.plans import Record
 from benchmarks.learning.stats import estimate, paired
@@ -73,7 +73,7 @@ def _withdrawn(records: Sequence[Record], settings: str) -> str:
     return share(max(run.undone[0] for run in runs if run.undone is not None))
 
 
-_KINDS = {
+_KINDS: dict[str, Callable[..., str]] = {
     "less": _less, "least": _least, "reach": _reach, "held": _held, "ends": _ends, "versions": _versions,
     "worst withdrawn": _withdrawn,
 }  # fmt: skip
