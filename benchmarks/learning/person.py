@@ -7,7 +7,6 @@ keeps: an adapter, an optimizer, standing remarks. `Method` is everything that m
 from __future__ import annotations
 
 import random
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -117,7 +116,6 @@ class Learner:
         self.lessons: list[tuple[Messages, str]] = []
         self.waiting: deque[tuple[list[Rollout], Sequence[str]]] = deque()
         self.results: list[BatchResult] = []
-        self.seconds = 0.0
 
     def close(self) -> None:
         detach(self.policy)
@@ -170,12 +168,10 @@ class Learner:
         if len(self.waiting) <= self.method.late:
             return None
         rollouts, remarks = self.waiting.popleft()
-        started = time.perf_counter()
         again = self._rehearsed(len(rollouts))
         samples = [self._sample(r, remark) for r, remark in zip(rollouts, remarks, strict=True)]
         result = self._train(samples + [self._sample(r, remark) for r, remark in again])
         self._remember(rollouts, remarks)
-        self.seconds += time.perf_counter() - started
         return result
 
     def _sample(self, rollout: Rollout, remark: str | None) -> Sample:

@@ -1,11 +1,11 @@
-"""docs/experiments.md, from the results alone: hand-written text from text.md, tables and plots put in."""
+"""docs/experiments.md, from the results alone: hand-written text from text.md; tables, figures and plots put in."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.learning import plots, tables
+from benchmarks.learning import figures, plots, tables
 from benchmarks.learning.plans import Record
 from benchmarks.learning.settings import SETTINGS
 
@@ -40,7 +40,7 @@ def write(records: Sequence[Record], page: Path) -> None:
     text = TEXT.read_text()
     for name, part in parts.items():
         text = text.replace(f"<!-- {name} -->", part)
-    page.write_text(text)
+    page.write_text(figures.filled(text, records, names("single"), names("sequence")))
 
 
 def counts(records: Sequence[Record]) -> str:

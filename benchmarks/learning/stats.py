@@ -5,19 +5,18 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-
-import numpy as np
 
 Unit = tuple[str, int]
 """Preference (or order of preferences) and seed."""
-RESAMPLES = 4000
+T95 = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365)
+"""97.5 % point of Student's t by degrees of freedom; inf for none: one observation says nothing of the spread."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over units and its 95 % bootstrap interval."""
+    """A mean over units and its 95 % interval."""
 
     mean: float
     low: float
@@ -31,21 +30,47 @@ class Estimate:
 
 
 def estimate(values: Mapping[Unit, float]) -> Estimate:
-    """Hierarchical: preferences are drawn with replacement, then seeds within each. Deterministic.
+    """Student's t on the means per preference, and on the means per seed: the wider of the two.
 
-    Shape legend: G preferences, R resamples.
+    Units that share a preference are alike, and so are units that share a seed (its adapter, its questions). Resampling
+    four preferences and four seeds covers 84 to 90 % where it says 95; this covers 95 % or more (test_experiments).
     """
-    groups: dict[str, list[float]] = defaultdict(list)
-    for (preference, _), value in sorted(values.items()):
-        groups[preference].append(value)
-    if not groups:
+    if not values:
         return Estimate(math.nan, math.nan, math.nan, 0)
-    rng = np.random.default_rng(0)
-    means_GR = np.stack([rng.choice(g, (RESAMPLES, len(g))).mean(axis=1) for g in groups.values()])
-    chosen_RG = rng.integers(len(means_GR), size=(RESAMPLES, len(means_GR)))
-    drawn = means_GR[chosen_RG, np.arange(RESAMPLES)[:, None]].mean(axis=1)
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return Estimate(statistics.fmean(values.values()), float(low), float(high), len(values))
+    mean = statistics.fmean(values.values())
+    reach = max(_reach(values, lambda unit: unit[0]), _reach(values, lambda unit: unit[1]))
+    return Estimate(mean, mean - reach, mean + reach, len(values))
+
+
+def _reach(values: Mapping[Unit, float], group: Callable[[Unit], str | int]) -> float:
+    """Half the width of the t interval on the groups' means."""
+    groups: dict[str | int, list[float]] = defaultdict(list)
+    for unit, value in values.items():
+        groups[group(unit)].append(value)
+    means = [statistics.fmean(g) for g in groups.values()]
+    if len(means) < 2:
+        return math.inf
+    return T95[len(means) - 1] * statistics.stdev(means) / math.sqrt(len(means))
+
+
+def exact(successes: int, n: int) -> tuple[float, float]:
+    """Clopper and Pearson's 95 % interval of a share: at least 95 % at any n, however small."""
+
+    def at_least(k: int, p: float) -> float:
+        return sum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(k, n + 1))
+
+    low = _crossing(lambda p: at_least(successes, p) - 0.025) if successes else 0.0
+    high = _crossing(lambda p: at_least(successes + 1, p) - 0.975) if successes < n else 1.0
+    return low, high
+
+
+def _crossing(rising: Callable[[float], float]) -> float:
+    """Where a rising function of a share is 0."""
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if rising(middle) < 0 else (low, middle)
+    return low
 
 
 def paired(values: Mapping[Unit, float], reference: Mapping[Unit, float]) -> dict[Unit, float]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.learning.plans import CURVE, STUDIED, Record
-from benchmarks.learning.stats import Estimate, Unit, estimate, items_to, paired
+from benchmarks.learning.stats import Estimate, Unit, estimate, exact, items_to, paired
 
 ITEMS = tuple(sum(CURVE[: n + 1]) for n in range(len(CURVE)))
 Rows = list[list[str]]
@@ -164,7 +164,7 @@ def sequence_table(records: Sequence[Record], settings: Sequence[str]) -> Rows:
 
 def sequence_summary(records: Sequence[Record], settings: Sequence[str]) -> Rows:
     """A row per setting: how many runs hold, and the worst of each figure."""
-    rows = [["setting", "runs", "hold", "mean of the ends", "worst end", "mean content", "worst content",
+    rows = [["setting", "runs", "hold", "95 %", "mean of the ends", "worst end", "mean content", "worst content",
              "worst forgotten", "mean KL", "withdrawn, worst", "content then, worst version"]]  # fmt: skip
     for setting in settings:
         if not (runs := sequences(records, setting)):
@@ -174,7 +174,8 @@ def sequence_summary(records: Sequence[Record], settings: Sequence[str]) -> Rows
             [
                 setting,
                 f"{len(runs)}",
-                f"{sum(r.holds for r in runs.values())}",
+                f"{(held := sum(r.holds for r in runs.values()))}",
+                " to ".join(share(p) for p in exact(held, len(runs))),
                 share(mean(runs, lambda r: statistics.fmean(r.ends))),
                 share(min(min(r.ends) for r in runs.values())),
                 share(mean(runs, lambda r: r.content)),

@@ -6,12 +6,13 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks.learning.report import write
 from benchmarks.learning.run import Run, grid, read, run_missing
 from benchmarks.learning.settings import SETTINGS
-from benchmarks.learning.stats import estimate, items_to, paired
+from benchmarks.learning.stats import estimate, exact, items_to, paired
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -23,8 +24,33 @@ def test_an_interval_holds_its_mean_and_widens_with_the_spread_between_preferenc
     assert alike.mean == pytest.approx(0.15)
     assert alike.low < alike.mean < alike.high
     assert apart.high - apart.low > 3 * (alike.high - alike.low)
-    assert estimate({("a", 0): 0.5}).low == 0.5
+    assert estimate({("a", 0): 0.5}).of_zero == "no difference seen"
     assert math.isnan(estimate({}).mean)
+
+
+@pytest.mark.parametrize("spreads", [(1.0, 1.0, 1.0), (1.0, 0.0, 1.0), (0.0, 1.0, 1.0), (0.0, 0.0, 1.0)])
+def test_intervals_cover_what_they_say(spreads: tuple[float, float, float]) -> None:
+    """Four preferences by four seeds, each with an effect of its own, and noise; the true mean is 0."""
+    rng = np.random.default_rng(0)
+    of_preference, of_seed, noise = spreads
+    hits, draws = 0, 1000
+    for _ in range(draws):
+        x = (
+            of_preference * rng.normal(size=(4, 1))
+            + of_seed * rng.normal(size=(1, 4))
+            + noise * rng.normal(size=(4, 4))
+        )
+        found = estimate({("abcd"[p], s): float(x[p, s]) for p in range(4) for s in range(4)})
+        hits += found.low <= 0.0 <= found.high
+    assert hits / draws >= 0.94
+
+
+@pytest.mark.parametrize(
+    ("successes", "n", "low", "high"), [(4, 4, 0.398, 1.0), (14, 16, 0.617, 0.984), (0, 149, 0.0, 0.0245)]
+)
+def test_exact_intervals_of_shares(successes: int, n: int, low: float, high: float) -> None:
+    """Against published tables."""
+    assert exact(successes, n) == pytest.approx((low, high), abs=1e-3)
 
 
 def test_what_an_interval_allows_to_say() -> None:

