@@ -2,9 +2,10 @@
 
 `python -m benchmarks.ingest` (`make check-ingest`) writes build/reports/ingest.json. 10,000 items come from 16 clients;
 a tenth are retries after the answer, a tenth are sent by two clients at once, some are sent again because the client
-hung up before the answer. The service runs as in production but for one route more, which does nothing
-(`benchmarks.ingest_app`): it is asked with the same bodies, in turn with the feedback, and each pair of rounds gives
-one ratio. The clients run in a process of their own, on the same cores.
+hung up before the answer. The service runs as in production but for two routes more, which do nothing
+(`benchmarks.ingest_app`), one of them after the checks that every route makes: they are asked with the same bodies, in
+turn with the feedback, and each round gives one ratio to either. The clients run in a process of their own, on the same
+cores.
 
 Beside the rates: the disk's fdatasync in the same directory, since an acknowledged item is on disk.
 """
@@ -43,6 +44,7 @@ REPORT = ROOT / "build" / "reports" / "ingest.json"
 AIM = {"ratio": 0.6, "p99_ms": 35.0, "bulk_items_per_s": 4000}
 ADAPTERS = 8
 BULK = 32
+NOOP, CHECKED, FEEDBACK = PATHS = ("/noop", "/noop/checked", "/v1/feedback")
 Json = dict[str, Any]
 
 
@@ -141,25 +143,26 @@ class Record:
     """What was answered, over all rounds."""
 
     answers: list[Answered]
-    rates: list[float]
-    noop_rates: list[float]
-    cpu_ms: list[float]
-    noop_cpu_ms: list[float]
+    rates: dict[str, list[float]]
+    """By path, one for each round."""
+    cpu_ms: dict[str, list[float]]
+
+    def ratio(self, path: str) -> float:
+        """Of feedback's rate to that of `path`, the median of the rounds."""
+        return statistics.median(a / b for a, b in zip(self.rates[FEEDBACK], self.rates[path], strict=True))
 
 
 def measured(service: Service, rounds: Sequence[Sequence[Sequence[Sending]]]) -> Record:
-    """Each round to the route that does nothing, then as feedback."""
-    record, pid = Record([], [], [], [], []), service.processes["service"].pid
+    """Each round to the routes that do nothing, then as feedback."""
+    record = Record([], {p: [] for p in PATHS}, {p: [] for p in PATHS})
+    pid = service.processes["service"].pid
     for shares in rounds:
-        for path, rates, cpu in (
-            ("/noop", record.noop_rates, record.noop_cpu_ms),
-            ("/v1/feedback", record.rates, record.cpu_ms),
-        ):
+        for path in PATHS:
             before = cpu_seconds(pid)
             answers, seconds = asyncio.run(load(service.url, service.api_key, shares, path))
-            rates.append(len(answers) / seconds)
-            cpu.append((cpu_seconds(pid) - before) / len(answers) * 1000)
-            if path != "/noop":
+            record.rates[path].append(len(answers) / seconds)
+            record.cpu_ms[path].append((cpu_seconds(pid) - before) / len(answers) * 1000)
+            if path == FEEDBACK:
                 record.answers += answers
     return record
 
@@ -241,15 +244,18 @@ def run(data: Path, engine: str, size: Size, settings: Json) -> Json:
         "items": len(sent),
         "distinct": distinct - bulk_items,
         "stored": stored - bulk_items,
-        "rate_per_s": round(statistics.median(record.rates)),
-        "noop_rate_per_s": round(statistics.median(record.noop_rates)),
-        "ratio": round(statistics.median(a / b for a, b in zip(record.rates, record.noop_rates, strict=True)), 3),
+        "rate_per_s": round(statistics.median(record.rates[FEEDBACK])),
+        "noop_rate_per_s": round(statistics.median(record.rates[NOOP])),
+        "checked_noop_rate_per_s": round(statistics.median(record.rates[CHECKED])),
+        "ratio": round(record.ratio(NOOP), 3),
+        "ratio_to_checked_noop": round(record.ratio(CHECKED), 3),
         "p50_ms": round(statistics.median(taken), 2),
         "p99_ms": round(statistics.quantiles(taken, n=100)[98], 2),
         "bulk_items_per_s": round(bulk_items / seconds),
         "fdatasync_ms_p50": round(sync, 3),
-        "cpu_ms_per_request": round(statistics.median(record.cpu_ms), 3),
-        "noop_cpu_ms_per_request": round(statistics.median(record.noop_cpu_ms), 3),
+        "cpu_ms_per_request": round(statistics.median(record.cpu_ms[FEEDBACK]), 3),
+        "noop_cpu_ms_per_request": round(statistics.median(record.cpu_ms[NOOP]), 3),
+        "checked_noop_cpu_ms_per_request": round(statistics.median(record.cpu_ms[CHECKED]), 3),
     }
 
 

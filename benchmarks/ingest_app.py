@@ -1,4 +1,7 @@
-"""The service as `perennial serve` runs it, with one route more that does nothing: what a request costs at least here.
+"""The service as `perennial serve` runs it, with two routes more: what a request costs at least here.
+
+`/noop` reads the body and does nothing. `/noop/checked` also looks up the key and validates the body as feedback, as
+any route of the service would: what is left between it and feedback is keeping it.
 
 `python -m benchmarks.ingest_app`, set up by the same PERENNIAL_* variables.
 """
@@ -7,9 +10,11 @@ from __future__ import annotations
 
 from fastapi import FastAPI, Request
 
+from api_schemas.feedback import FeedbackRequest
 from service import context as contexts
 from service import server
 from service.app import create_app
+from service.auth import FeedbackTenant, guarded
 from service.settings import Settings
 
 
@@ -19,6 +24,13 @@ def with_noop(app: FastAPI) -> FastAPI:
         await request.body()
         return {"status": "ok"}
 
+    router = guarded()
+
+    @router.post("/noop/checked", status_code=202)
+    async def checked(_request: FeedbackRequest, _tenant: FeedbackTenant) -> dict[str, str]:
+        return {"status": "ok"}
+
+    app.include_router(router)
     return app
 
 

@@ -21,6 +21,7 @@ from service.app import create_app
 from service.cli_client import adapters_app, chat, feedback_app, jobs_app
 from service.cli_preview import preview as preview_feedback
 from service.cli_upkeep import doctor, erase_tenant, scrub
+from service.cli_watch import watch
 from service.db import migrate as migrations
 from service.db.engine import Database
 from service.errors import PerennialError
@@ -35,6 +36,7 @@ app.add_typer(adapters_app, name="adapters")
 app.add_typer(feedback_app, name="feedback")
 app.add_typer(jobs_app, name="jobs")
 feedback_app.command("preview")(preview_feedback)
+jobs_app.command("watch")(watch)
 app.command("chat")(chat)
 app.command("doctor")(doctor)
 app.command("scrub")(scrub)

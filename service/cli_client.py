@@ -20,19 +20,23 @@ Name = Annotated[str, typer.Argument(help="The adapter's name.")]
 
 def call(method: str, path: str, *, headers: dict[str, str] | None = None, **kwargs: Any) -> httpx2.Response:
     """One API call; an error answer ends the command with its sentence."""
+    url, key_header = service()
+    try:
+        response = httpx2.request(method, url + path, headers=key_header | (headers or {}), timeout=300.0, **kwargs)
+    except (httpx2.TransportError, httpx2.InvalidURL, UnicodeError) as error:
+        end(f"No service at {url}: {error}")
+    if response.status_code >= 400:
+        end(sentence(response))
+    return response
+
+
+def service() -> tuple[str, dict[str, str]]:
+    """Its address, and the header that holds the key."""
     url = os.environ.get("PERENNIAL_URL", "http://127.0.0.1:8700").strip().rstrip("/")
     key = os.environ.get("PERENNIAL_API_KEY", "").strip()
     if not (key.isascii() and key.replace("_", "").isalnum()):
-        _end("Set PERENNIAL_API_KEY to a key made by `perennial keys create`.")
-    try:
-        response = httpx2.request(
-            method, url + path, headers={"authorization": f"Bearer {key}", **(headers or {})}, timeout=300.0, **kwargs
-        )
-    except (httpx2.TransportError, httpx2.InvalidURL, UnicodeError) as error:
-        _end(f"No service at {url}: {error}")
-    if response.status_code >= 400:
-        _end(_sentence(response))
-    return response
+        end("Set PERENNIAL_API_KEY to a key made by `perennial keys create`.")
+    return url, {"authorization": f"Bearer {key}"}
 
 
 def fetch(method: str, path: str, **kwargs: Any) -> Any:
@@ -41,10 +45,10 @@ def fetch(method: str, path: str, **kwargs: Any) -> Any:
     try:
         return response.json()
     except ValueError:
-        _end(f"What answers at {response.url} is no Perennial: PERENNIAL_URL is the service's address, without /v1.")
+        end(f"What answers at {response.url} is no Perennial: PERENNIAL_URL is the service's address, without /v1.")
 
 
-def _sentence(response: httpx2.Response) -> str:
+def sentence(response: httpx2.Response) -> str:
     """The error's code and message; of what is no answer of ours, the status."""
     try:
         detail = response.json()["error"]
@@ -53,7 +57,8 @@ def _sentence(response: httpx2.Response) -> str:
         return f"{response.url} answered {response.status_code}: is PERENNIAL_URL the service's address, without /v1?"
 
 
-def _end(message: str) -> NoReturn:
+def end(message: str) -> NoReturn:
+    """Of the command, with status 1."""
     typer.echo(message, err=True)
     raise typer.Exit(1)
 
@@ -85,7 +90,7 @@ def create_adapter(
     try:
         settings = json.loads(training)
     except ValueError as error:
-        _end(f"--training is not JSON: {error}")
+        end(f"--training is not JSON: {error}")
     body = {"name": name, "lora": {"rank": rank, "alpha": alpha}, "training": settings}
     show(fetch("POST", "/v1/adapters", json=body))
 
@@ -124,7 +129,7 @@ def download(
     try:
         target.write_bytes(content)
     except OSError as error:
-        _end(f"{target} cannot be written: {error.strerror}")
+        end(f"{target} cannot be written: {error.strerror}")
     typer.echo(str(target))
 
 

@@ -85,19 +85,13 @@ class Matrix:
         with Client(self._stack.url, self._stack.api_key) as client:
             for n in range(ADAPTERS):
                 client.call("POST", "/v1/adapters", json={"name": f"a{n}", **ADAPTER})
-            for number, plan in enumerate(todo):
+            for number, plan in enumerate(todo, 1):
                 struck, seconds = self._one(plan)
-                log.info(
-                    "%s %d/%d %s: %.1f s%s",
-                    self._name,
-                    number + 1,
-                    len(todo),
-                    plan,
-                    seconds,
-                    "" if struck else ", never",
-                )
                 before, outcome.faults = outcome.faults, verdict.faults(self._database, self._root, self._sent)
-                outcome.runs.append(Run(self._name, plan, struck, seconds, outcome.faults - before))
+                run = Run(self._name, plan, struck, seconds, outcome.faults - before)
+                outcome.runs.append(run)
+                told = "".join(f", {name}" for name in ([] if struck else ["never"]) + sorted(run.faults))
+                log.info("%s %d/%d %s: %.1f s%s", self._name, number, len(todo), plan, seconds, told)
             outcome.faults["unserved"] = self._unserved(client)
         with self._database.read() as s:
             outcome.versions = verdict.rows(s, "SELECT count(*) AS n FROM versions")[0]["n"]

@@ -47,7 +47,7 @@ class Bounds:
     jobs: int = 2
     workers: int = 2
     publishers: int = 2
-    tokens: int = 4
+    tokens: int = 5
     """Most leases of the adapter."""
     adversity: int = 3
 
