@@ -135,7 +135,7 @@ def loss_and_gradient(
     `size`: tokens of a chunk; 0 = what suits.
     """
     hidden_NH = hidden_NH.detach()
-    size = size or (TILED_CHUNK if _tiled(hidden_NH, inputs, spec) else chunk_tokens(len(head.weight_VH)))
+    size = size or (TILED_CHUNK if _tiled(hidden_NH, target, inputs, spec) else chunk_tokens(len(head.weight_VH)))
     gradient_NH = torch.empty_like(hidden_NH)
     found = []
     for start, length in chunks(len(ids_N), size):
@@ -156,7 +156,7 @@ def _chunk(
     on_N = torch.ones_like(ids_N, dtype=torch.bool)
     target = clean(target, on_N)
     index_NK = ids_N.new_empty(len(ids_N), 0) if target.index is None else target.index
-    logits_NV = None if _tiled(hidden_NH, inputs, spec) else head.logits(hidden_NH)
+    logits_NV = None if _tiled(hidden_NH, target, inputs, spec) else head.logits(hidden_NH)
     stats = (
         head_stats(hidden_NH, head.weight_VH, head.bias_V, index_NK, ids_N)
         if logits_NV is None
@@ -183,9 +183,10 @@ def _chunk(
     return _detached(terms), _through_head(head, logits_NV, stats, slopes, index_NK, ids_N)
 
 
-def _tiled(hidden_NH: Tensor, inputs: RowInputs, spec: LossSpec) -> bool:
-    """Whether no row of logits need ever be whole."""
-    return spec.sparse and inputs.base_target is None and not hidden_NH.is_cuda and len(hidden_NH) > 0
+def _tiled(hidden_NH: Tensor, target: Target, inputs: RowInputs, spec: LossSpec) -> bool:
+    """Whether no row of logits need ever be whole: one reading, of one set of kept tokens, is all there is."""
+    read_once = inputs.base_target is None and target.gap is None
+    return spec.sparse and read_once and not hidden_NH.is_cuda and len(hidden_NH) > 0
 
 
 @dataclass(frozen=True)
@@ -263,12 +264,13 @@ def _base_distance(logits_NV: Tensor, ids_N: Tensor, base: Target | None, on_N: 
 
 
 @torch.no_grad()
-def _gap(logits_NV: Tensor, ids_N: Tensor, stats: RowStats, target: Target) -> Tensor:
+def _gap(logits_NV: Tensor | None, ids_N: Tensor, stats: RowStats, target: Target) -> Tensor:
     """`divergence.token_gap`; another reading of the logits only where the loss does not use its buckets."""
     kept = dv.gap_buckets(target)
     if kept is None or kept.index is None:
         return torch.full_like(stats.lse_N, torch.nan)
     if kept is not target:
+        assert logits_NV is not None  # noqa: S101 - tiles are for one set of kept tokens
         stats = rows_for(logits_NV).row_stats(logits_NV, kept.index, ids_N)
     return dv.bucket_divergence(*dv.kept_buckets(stats.picked_NK, stats.lse_N, stats.rest_N, kept, dv.GAP), dv.GAP)
 
