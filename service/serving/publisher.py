@@ -184,11 +184,13 @@ class Publisher:
     async def _unload_unwanted(self, replica: Replica, known: set[str]) -> None:
         wanted = await anyio.to_thread.run_sync(self._pointers)
         keep = {served_name(a.adapter_id, n) for a in wanted for n in (a.live_n, a.head_n)}
-        if not self.office.leads and not self._storage.remote:
-            # Let go of them: the publisher unloads what no process holds. With remote storage it cannot reach here.
+        if not self.office.leads or self._storage.remote:
+            # Let go of them first: what any process holds is not unloaded, so two that wait for each other would wait
+            # for ever.
             for name in replica.loaded - keep:
                 replica.let_go_if_idle(name)
-            return
+        if not self.office.leads and not self._storage.remote:
+            return  # the publisher does it; with remote storage it cannot reach here
         if known - keep:
             await self._attend()
         for name in known - keep - self.office.others.holds:
