@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -59,8 +59,33 @@ def real_engine(which: str) -> Iterator[str]:
     if which != "start":
         yield which
         return
-    with tempfile.TemporaryDirectory() as logs, VllmServer(VllmConfig(MODEL_DIR, MODEL, Path(logs) / "log")) as server:
-        yield server.url
+    with tempfile.TemporaryDirectory() as logs:
+        server = VllmServer(VllmConfig(MODEL_DIR, MODEL, Path(logs) / "log"))
+        with cores_apart(server.start):
+            try:
+                server.wait_healthy()
+                yield server.url
+            finally:
+                server.stop()
+
+
+@contextmanager
+def cores_apart(start: Callable[[], None]) -> Iterator[None]:
+    """What `start` starts has one core for itself, and everything else the others: a model that computes on a GPU does
+    not compete with the gateway for cores, and one that spins on all of them makes every switch between processes wait
+    for the scheduler."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        start()
+        yield
+        return
+    os.sched_setaffinity(0, cores[:1])
+    start()
+    os.sched_setaffinity(0, cores[1:])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 @contextmanager

@@ -66,7 +66,8 @@ class AdapterError(SdpoError):
     """A base model that cannot carry an adapter, or adapter files or optimizer state that belong to another.
 
     Codes: `foreign_adapter` (files), `foreign_optimizer`, `second_adapter`, `unsupported_base`, `unknown_module`,
-    `base_not_finite`, `base_changed`, `no_moving_average` (teacher `ema` on layers that it cannot follow).
+    `base_not_finite`, `base_changed`, `no_moving_average` (teacher `ema` on layers that it cannot follow),
+    `adapter_detached` (a policy whose adapter was taken off).
     """
 
     code = "foreign_adapter"

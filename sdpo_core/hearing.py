@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,16 @@ class Hearing:
     template: ContextTemplate = DEFAULT_TEMPLATE
     _written: dict[Remarks, list[tuple[int, ...]]] = field(default_factory=dict)
     _opinions: dict[tuple[Remarks, Remarks], list[Tensor]] = field(default_factory=dict)
+
+    def within(self, most: int, told: Sequence[str]) -> Hearing:
+        """On at most so many of the conversations, evenly spread over those that fit the window with `told` and an
+        answer."""
+        window = getattr(self.policy, "window", None)
+        chats = self.chats
+        if window is not None:
+            prompts = self._prompts(tuple(told))
+            chats = [c for c, p in zip(chats, prompts, strict=True) if len(p) + self.max_new_tokens <= window]
+        return replace(self, chats=chats[:: max(1, -(-len(chats) // most))])
 
     def change(self, told: Sequence[str], instead: Sequence[str]) -> float:
         """How differently the teacher would go on with its answers, told `instead` of `told`: nats.

@@ -145,10 +145,7 @@ def _fill(model: PeftModel, directory: Path) -> None:
 
 def detach(policy: LoraPolicy) -> nn.Module:
     """Take the adapter off and give back the base model, bit-identical to what it was."""
-    base: nn.Module = policy.model.unload()
-    if hasattr(base, "peft_config"):
-        del base.peft_config
-    return base
+    return policy.detach()
 
 
 @contextmanager
@@ -173,7 +170,9 @@ def save_lora(policy: LoraPolicy, directory: Path | str, *, base_model_name_or_p
     """Write the adapter as a PEFT directory: adapter_config.json and adapter_model.safetensors (CPU tensors).
 
     `base_model_name_or_path` is what PEFT and vLLM will read as the adapter's base.
+    Raises AdapterError `adapter_detached` after `detach`, or behind `with attached`: there is nothing left to save.
     """
+    policy.check_attached()
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     state = get_peft_model_state_dict(policy.model, save_embedding_layers=False)

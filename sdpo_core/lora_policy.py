@@ -29,6 +29,21 @@ class LoraPolicy:
     def __init__(self, model: PeftModel, seal: Tensor | None = None) -> None:
         self.model = model.eval()  # no dropout anywhere: a step must be reproducible
         self._seal = seal
+        self._detached = False
+
+    def detach(self) -> nn.Module:
+        """Take the adapter off and give back the base, bit-identical to what it was; the policy is over then."""
+        base: nn.Module = self.model.unload()
+        if hasattr(base, "peft_config"):
+            del base.peft_config
+        self._detached = True
+        return base
+
+    def check_attached(self) -> None:
+        """Raises AdapterError `adapter_detached` once the adapter is off: what is left answers as the base."""
+        if self._detached:
+            message = "the adapter was taken off its base: use the policy inside `with attached(...)`"
+            raise AdapterError(message, code="adapter_detached")
 
     def base_intact(self) -> bool:
         """Whether the base, adapter off, still answers bit for bit as it did before the adapter was attached."""
@@ -62,7 +77,8 @@ class LoraPolicy:
         return self._seal is None or torch.equal(seal_of(base), self._seal)
 
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
-        """LoRA factors in model order, named as in the saved adapter file's keys."""
+        """LoRA factors in model order, named as in the saved file's keys. Raises AdapterError `adapter_detached`."""
+        self.check_attached()
         return [
             (name.replace(".default.", "."), parameter)
             for name, parameter in self.model.named_parameters()
@@ -71,6 +87,7 @@ class LoraPolicy:
 
     def logits(self, batch: TokenBatch, *, adapter: bool) -> Tensor:
         """(B, N - first_logit, V). `adapter=False`: the base model, without gradient."""
+        self.check_attached()
         if adapter:
             return self._forward(batch)
         with self._bare():
@@ -93,6 +110,7 @@ class LoraPolicy:
 
     def hidden(self, batch: PackedBatch, *, adapter: bool, checkpointing: bool = False) -> Tensor:
         """(N, H), see `fast.decoder.HiddenPolicy`."""
+        self.check_attached()
         if adapter:
             return hidden_states(self.model.get_base_model(), batch, checkpointing=checkpointing)
         with self._bare():
@@ -109,6 +127,7 @@ class LoraPolicy:
 
         Raises AdapterError `no_moving_average` for an adapted layer that is no linear one (an embedding).
         """
+        self.check_attached()
         found = {}
         for name, layer in self._layers():
             if "default" not in layer.lora_B:
@@ -172,8 +191,8 @@ def _adding(delta: LowRank) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor],
 
 @torch.no_grad()
 def seal_of(model: nn.Module) -> Tensor:
-    """What the model answers to a few fixed tokens, (7, V), fewer where its window or vocabulary is smaller. Any change
-    of its weights shows in it, to the bit."""
+    """What the model answers to a few fixed tokens, (7, V), fewer where window or vocabulary are smaller. A change of
+    weights that they depend on shows in it, to the bit: of any layer and the head, not of other tokens' embeddings."""
     device = next(model.parameters()).device
     length = min(7, vocabulary_of(model), window_of(model) or 7)
     logits: Tensor = model.eval()(input_ids=torch.arange(length, device=device).unsqueeze(0), use_cache=False).logits

@@ -48,12 +48,16 @@ def merge(
 ) -> list[str]:
     """Standing remarks and a batch's own, oldest first, without blanks and exact repeats (the newest place counts).
 
-    The newest are kept while both bounds hold; older ones fall off.
+    The newest are kept while both bounds hold; older ones fall off. One that is longer than `max_tokens` alone can
+    never stand, and pushes nothing out.
     """
     kept: list[str] = []
     tokens = 0
     for remark in reversed(usable_remarks([*standing, *new])):
-        tokens += count_tokens(remark)
+        length = count_tokens(remark)
+        if length > max_tokens:
+            continue
+        tokens += length
         if len(kept) == max_items or tokens > max_tokens:
             break
         kept.append(remark)
@@ -152,26 +156,30 @@ def update_standing(
     """The remarks that stand after a batch whose own remarks are `new` and whose rollouts are `probes`.
 
     At most `max_probes` of the probes, evenly spread, are judged on, and of the teacher's answers to them the first
-    `max_new_tokens`. Without probes nothing can be judged: the merged list stands, within its bounds.
+    `max_new_tokens`. A probe that with all remarks and such an answer is beyond the model's window is passed over.
+    Without probes nothing can be judged: the merged list stands. The bounds hold for the batch's own remarks, before
+    they are judged, and for what stands in the end: many wordings of one wish do not push out the others.
     Raises SampleError for remarks and conversations that are no text, OptionError for less than one probe.
     """
     if max_probes < 1:
         raise OptionError("max_probes", "judge on one conversation at least")
+
+    def bounded(older: Sequence[str], newer: Sequence[str]) -> list[str]:
+        return merge(
+            older, newer, max_items=max_items, max_tokens=max_tokens, count_tokens=lambda r: _count(tokenizer, r)
+        )
+
     standing, new = usable_remarks(standing), usable_remarks(new)
-    merged = merge(
-        standing, new, max_items=max_items, max_tokens=max_tokens, count_tokens=lambda r: _count(tokenizer, r)
-    )
-    lost = [r for r in usable_remarks([*standing, *new]) if r not in merged]
+    own = bounded([], new)
+    older = bounded([r for r in standing if r not in new], [])
+    hearing = Hearing(policy, tokenizer, [p.messages for p in probes if p.response_ids], max_new_tokens)
+    hearing = hearing.within(max_probes, [*older, *own])
+    chosen = select(older, own, hearing.change, eps=eps) if hearing.chats else Standing((*older, *own))
+    kept = bounded(chosen.remarks, [])
+    judged = {remark for remark, _ in chosen.dropped}
+    lost = [r for r in usable_remarks([*standing, *new]) if r not in kept and r not in judged]
     over: tuple[tuple[str, Why], ...] = tuple((r, "over_the_bound") for r in lost)
-    answered = [p.messages for p in probes if p.response_ids]
-    if not answered:
-        return Standing(tuple(merged), over)
-    stride = max(1, -(-len(answered) // max_probes))
-    hearing = Hearing(policy, tokenizer, answered[::stride], max_new_tokens)
-    fresh = set(usable_remarks(new))
-    older, own = [r for r in merged if r not in fresh], [r for r in merged if r in fresh]
-    chosen = select(older, own, hearing.change, eps=eps)
-    return Standing(chosen.remarks, over + chosen.dropped)
+    return Standing(tuple(kept), over + chosen.dropped)
 
 
 def _count(tokenizer: ChatTokenizer, remark: str) -> int:

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from sdpo_core import (
     AdapterError,
@@ -22,8 +22,10 @@ from sdpo_core import (
     attach_lora,
     attached,
     detach,
+    explain,
     load_lora,
     load_optimizer,
+    make_ema,
     make_optimizer,
     save_lora,
     save_optimizer,
@@ -229,3 +231,23 @@ def test_optimizer_state_of_another_adapter_is_refused(base: Qwen3ForCausalLM, t
     (tmp_path / "odd" / "optimizer.json").write_text('{"format": 99, "steps": {}}')
     with attached(base, LoraSpec(rank=4)) as policy, pytest.raises(AdapterError, match="format"):
         load_optimizer(policy, OPTIONS, tmp_path / "odd")
+
+
+def test_a_policy_is_over_when_its_adapter_is_off(
+    base: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """What is left would answer, and be saved, as the base, without a word."""
+    with attached(base, LoraSpec()) as policy:
+        optimizer = make_optimizer(policy, OPTIONS)
+    for use in (
+        lambda: save_lora(policy, tmp_path / "late", base_model_name_or_path="base"),
+        lambda: save_optimizer(policy, optimizer, tmp_path / "late"),
+        lambda: make_ema(policy),
+        lambda: explain(policy, tokenizer, SAMPLES, OPTIONS),
+        lambda: train_batch(policy, optimizer, SAMPLES, OPTIONS),
+        lambda: policy.logits(token_batch([[1]], [[2]], policy.device), adapter=False),
+    ):
+        with pytest.raises(AdapterError) as caught:
+            use()
+        assert caught.value.code == "adapter_detached"
+    assert not (tmp_path / "late" / "adapter_model.safetensors").exists()

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 from sdpo_core import LoraSpec, Probe, attached, chat_ids, teacher_messages, update_standing
 from sdpo_core.hearing import Hearing
 from sdpo_core.samples import token_batch
-from sdpo_core.standing import merge, select
+from sdpo_core.standing import Standing, merge, select
 
 
 @dataclass
@@ -111,6 +111,7 @@ def test_merge_bounds_count_and_tokens() -> None:
     assert merge(older, new, max_items=2, count_tokens=len) == ["b b", "d"]
     assert merge(older, new, max_tokens=5, count_tokens=len) == ["c", "b b", "d"]
     assert merge(older, [" "], count_tokens=len) == older
+    assert merge(older, ["x" * 9], max_tokens=8, count_tokens=len) == older, "what never fits pushes nothing out"
 
 
 def test_the_threshold_decides() -> None:
@@ -177,3 +178,50 @@ def test_without_answers_to_judge_by_the_merged_list_stands(
         bounded = update_standing(policy, tokenizer, ["a"], ["b"], probes, max_items=1)
         assert bounded.remarks == ("b",)
         assert bounded.dropped == (("a", "over_the_bound"),)
+
+
+NOTHING_COUNTS = 1e9
+"""No effect is as large: every new remark changes nothing."""
+
+
+def test_many_wordings_do_not_push_out_what_stands(
+    chat_base: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    wordings = [f"wording {n}" for n in range(5)]
+    probes = [Probe(CHATS[0], (1, 2))]
+    with attached(chat_base, LoraSpec()) as policy:
+
+        def after(eps: float) -> Standing:
+            stood = ["a", "b"]
+            return update_standing(policy, tokenizer, stood, wordings, probes, eps=eps, max_items=2, max_new_tokens=2)
+
+        kept = after(NOTHING_COUNTS)
+        assert kept.remarks == ("a", "b")
+        assert {why for _, why in kept.dropped} == {"over_the_bound", "changes_nothing"}
+        assert {remark for remark, _ in kept.dropped} == set(wordings)
+        newest = update_standing(
+            policy, tokenizer, ["a", "b"], wordings, probes, eps=0.0, max_items=2, max_new_tokens=2
+        )
+        assert newest.remarks == ("wording 3", "wording 4"), "the bound holds for what stands in the end"
+
+
+def test_a_conversation_beyond_the_window_is_not_judged_on(
+    chat_base: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    long = [{"role": "user", "content": "pear " * 40}]
+    probes = [Probe(chat, (1, 2)) for chat in (long, CHATS[0])]
+    with attached(chat_base, LoraSpec()) as policy:
+
+        def judged(window: int) -> tuple[str, ...]:
+            chat_base.config.max_position_embeddings = window
+            found = update_standing(policy, tokenizer, ["a"], ["b"], probes, eps=NOTHING_COUNTS, max_new_tokens=2)
+            return found.remarks
+
+        fits = [len(chat_ids(tokenizer, teacher_messages(p.messages, ["a", "b"], None))) + 2 for p in probes]
+        assert fits[1] < fits[0]
+        assert judged(fits[0]) == judged(fits[1]) == ("a",)
+        assert judged(fits[1] - 1) == ("a", "b"), "nothing to judge by: the merged list"
+        hearing = Hearing(policy, tokenizer, [p.messages for p in probes], max_new_tokens=2)
+        assert hearing.within(8, ["a", "b"]).chats == []
+        chat_base.config.max_position_embeddings = fits[0] - 1
+        assert hearing.within(8, ["a", "b"]).chats == [CHATS[0]]
