@@ -118,11 +118,11 @@ def test_one_of_two_servers_dies_under_load_and_comes_back_whole(
         load, counts = Load(tenant), [answered(server) for server in pair]
         with load.running():
             wait_for(lambda: all(answered(s) > before + 2 for s, before in zip(pair, counts, strict=True)))
-            mark = dying.logged()
             with dying.held():
                 wait_for(lambda: load.asked < time.monotonic() - 3)  # a whole answer is under way on this one
                 killed = time.monotonic()
                 dying.stop(force=True)
+            mark = dying.logged()  # what comes behind it was written by the next server
             wait_live(tenant, NAMES[0], tenant.upload(NAMES[0], weights(90)))  # the other is enough
             wait_for(lambda: sum(asked > killed for asked, _ in load.streamed) > 4 * STREAMS)
             load.pause = GENTLE
