@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 from fastapi import Header, Query, Response
+from sqlalchemy.orm import Session
 
 import api_schemas.jobs as wire
 from api_schemas.base import AdapterName
 from service import job_events as job_events_
 from service.auth import Ctx, JobsReader, JobsWriter, guarded
+from service.context import Context
+from service.db.tables import Job
 from service.routes.ids import PathId, QueryId
 from service.sse import EventStream
 from service.store import adapters, jobs, retries
@@ -59,21 +63,20 @@ def job_events(
 @router.post("/v1/jobs/{job}/cancel")
 def cancel_job(job: PathId, context: Ctx, tenant: JobsWriter) -> wire.Job:
     """End a queued or running job: nothing of it is applied."""
-    with context.database.write() as s:
-        row = jobs.of_tenant(s, tenant, job)
-        jobs.cancel(s, row)
-        s.flush()
-        view = jobs.view(s, row)
-    context.work.ring()
-    return view
+    return _changed(context, tenant, job, jobs.cancel)
 
 
 @router.post("/v1/jobs/{job}/requeue")
 def requeue_job(job: PathId, context: Ctx, tenant: JobsWriter) -> wire.Job:
     """Try a failed job again, alone and with all its attempts, at its old place where that is still possible."""
+    return _changed(context, tenant, job, retries.requeue)
+
+
+def _changed(context: Context, tenant: str, job: str, change: Callable[[Session, Job], None]) -> wire.Job:
+    """The job after `change`; whoever waits for work looks again."""
     with context.database.write() as s:
         row = jobs.of_tenant(s, tenant, job)
-        retries.requeue(s, row)
+        change(s, row)
         s.flush()
         view = jobs.view(s, row)
     context.work.ring()

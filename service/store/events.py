@@ -10,29 +10,13 @@ those above; an adapter has news when `adapters.events_n` is greater. There is n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from api_schemas.webhooks import EventName as EventType
 from service.db.tables import Adapter, Event, Job
-
-EventType = Literal[
-    "job.queued",
-    "job.running",
-    "job.succeeded",
-    "job.failed",
-    "job.cancelled",
-    "version.created",
-    "version.published",
-    "version.rejected",
-    "adapter.promoted",
-    "adapter.paused",
-    "adapter.resumed",
-    "adapter.blocked",
-    "adapter.rebuilding",
-    "adapter.deleted",
-]
 
 
 def record(
