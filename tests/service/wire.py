@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import anyio
+from anyio.abc import ByteStream, SocketAttribute
+from anyio.from_thread import BlockingPortal
 
 
 class Wire:
@@ -22,59 +25,44 @@ class Wire:
         """The next piece for the server that holds these bytes is passed on; its answer is not, and all is over."""
 
     async def serve(self, started: Callable[[Callable[[], object]], None]) -> None:
-        """`started` gets what ends it, to be called from any thread."""
-        over, loop = asyncio.Event(), asyncio.get_running_loop()
-        async with await asyncio.start_server(self._connected, "127.0.0.1", 0) as server:
-            self.port = server.sockets[0].getsockname()[1]
-            started(lambda: loop.call_soon_threadsafe(over.set))
-            await over.wait()
+        """`started` gets what ends it, to be called from any thread. Returns when every connection is closed."""
+        async with (
+            await anyio.create_tcp_listener(local_host="127.0.0.1") as listener,
+            BlockingPortal() as portal,
+            anyio.create_task_group() as serving,
+        ):
+            self.port = listener.extra(SocketAttribute.local_port)  # noqa: S610 - not Django's
+            serving.start_soon(listener.serve, self._connected)
+            started(lambda: portal.call(serving.cancel_scope.cancel))
+            await anyio.sleep_forever()
 
-    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _connected(self, client: ByteStream) -> None:
         """One connection, until either side has ended it."""
-        try:
-            up_reader, up_writer = await asyncio.open_unix_connection(self._upstream)
-        except OSError:
-            writer.close()
-            return
-        ways = [
-            asyncio.create_task(self._to_server(reader, up_writer)),
-            asyncio.create_task(self._pump(up_reader, writer)),
-        ]
-        try:
-            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
-        except asyncio.CancelledError:
-            pass  # the proxy ends; Python 3.11's streams would report this as a failure of ours
-        finally:
-            for way in ways:
-                way.cancel()
-            await asyncio.gather(*ways, return_exceptions=True)
-            up_writer.close()
-            writer.close()
+        async with client:
+            with suppress(OSError):  # PostgreSQL is not there
+                async with await anyio.connect_unix(self._upstream) as server, anyio.create_task_group() as ways:
+                    ways.start_soon(self._pass, client, server, True, ways.cancel_scope)
+                    ways.start_soon(self._pass, server, client, False, ways.cancel_scope)
 
-    async def _to_server(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while piece := await reader.read(65536):
-            cut = self.cut_after is not None and self.cut_after in piece
-            await self._pass(piece, writer)
-            if cut:
-                self.cut_after = None
-                return
-
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while piece := await reader.read(65536):
-            await self._pass(piece, writer)
-
-    async def _pass(self, piece: bytes, writer: asyncio.StreamWriter) -> None:
-        if self.delay:
-            await asyncio.sleep(self.delay)
-        writer.write(piece)
-        await writer.drain()
+    async def _pass(self, source: ByteStream, sink: ByteStream, cuts: bool, both: anyio.CancelScope) -> None:
+        """One way, to its end, which is the other's as well."""
+        with suppress(anyio.EndOfStream, anyio.BrokenResourceError):
+            while True:
+                piece = await source.receive()
+                if self.delay:
+                    await anyio.sleep(self.delay)
+                await sink.send(piece)
+                if cuts and self.cut_after is not None and self.cut_after in piece:
+                    self.cut_after = None
+                    break
+        both.cancel()
 
 
 @contextmanager
 def wired(upstream: Path) -> Iterator[Wire]:
     """The proxy runs on a thread of its own while the block does."""
     wire, ends = Wire(upstream), queue.Queue[Callable[[], object]]()
-    thread = threading.Thread(target=lambda: asyncio.run(wire.serve(ends.put)))
+    thread = threading.Thread(target=lambda: anyio.run(wire.serve, ends.put))
     thread.start()
     end = ends.get(timeout=60)
     try:
