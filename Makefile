@@ -5,7 +5,10 @@ BIN := .venv/bin
 # The environment of a real vLLM for the tests; one that is there already can be named by PERENNIAL_VLLM_PYTHON.
 VLLM_ENV := .venv-vllm
 
-.PHONY: install vllm-env demo test test-fast check-swap check-gateway check-ingest check-claim check-mutants check-power \
+# Each worker process of pytest takes whole files.
+TOGETHER := --numprocesses=2 --dist=loadfile
+
+.PHONY: install vllm-env demo test test-together test-fast check-swap check-gateway check-ingest check-claim check-mutants check-power \
   check-model check-kill bench experiments lint types format clean
 
 install: .venv/.installed
@@ -32,11 +35,16 @@ lint: install
 types: install
 	$(BIN)/mypy
 
-test: lint types vllm-env
-	$(BIN)/pytest
+# Two files of tests at a time while vLLM's environment is fetched; then those that want the machine to themselves.
+test: lint types
+	$(MAKE) --jobs=2 vllm-env test-together
+	$(BIN)/pytest -m alone
+
+test-together: install
+	$(BIN)/pytest $(TOGETHER) -m "not alone"
 
 test-fast: install
-	$(BIN)/pytest -m "not slow and not vllm"
+	$(BIN)/pytest $(TOGETHER) -m "not slow and not vllm"
 
 # Swaps under load with a real vLLM; writes build/reports/swap.json.
 check-swap: install vllm-env
