@@ -84,13 +84,14 @@ class Database:
     """Hands out sessions; a write session holds the only write lock there is."""
 
     def __init__(self, url: str, *, busy_seconds: float = 5.0, sqlite_driver: Any = sqlite) -> None:
-        """`busy_seconds`: how long a call waits for SQLite's lock or a free connection before it is Unavailable.
+        """`busy_seconds`: how long a call waits for SQLite's lock or a free connection before it is Unavailable. After
+        three times that, PostgreSQL ends a transaction whose process does nothing.
         `sqlite_driver`: the DB-API module that speaks SQLite."""
         is_sqlite = make_url(url).get_backend_name() == "sqlite"
         if is_sqlite:
             self.engine = _sqlite_engine(url, busy_seconds, sqlite_driver)
         else:
-            self.engine = create_engine(url, pool_pre_ping=True, pool_timeout=busy_seconds, hide_parameters=True)
+            self.engine = _postgresql_engine(url, busy_seconds)
         self.glance = Glance(self.engine.url.database if is_sqlite else None, sqlite_driver)
         """For what every request waits for."""
         self._closed = False
@@ -193,6 +194,19 @@ def _sqlite_engine(url: str, busy_seconds: float, driver: Any) -> Engine:
     def _begin(connection: Connection) -> None:
         if mode := connection.get_execution_options().get("begin", "DEFERRED"):
             connection.exec_driver_sql(f"BEGIN {mode}")
+
+    return engine
+
+
+def _postgresql_engine(url: str, busy_seconds: float) -> Engine:
+    engine = create_engine(url, pool_pre_ping=True, pool_timeout=busy_seconds, hide_parameters=True)
+
+    @event.listens_for(engine, "connect")
+    def _configure(connection: Any, _record: Any) -> None:
+        # A process that freezes, or whose host vanishes, amid a transaction would keep its locks for hours.
+        with connection.cursor() as cursor:
+            cursor.execute(f"SET idle_in_transaction_session_timeout = {int(3000 * busy_seconds)}")
+        connection.commit()
 
     return engine
 

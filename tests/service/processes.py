@@ -89,6 +89,12 @@ class ServiceProcess:
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 
+    def freeze(self) -> None:
+        """Until SIGCONT; it stands still when this returns."""
+        self.signal(signal.SIGSTOP)
+        stat = Path(f"/proc/{self.process.pid}/stat")
+        wait_for("it frozen", lambda: stat.read_text().rpartition(")")[2].split()[0] == "T")
+
     def end(self) -> None:
         self.client.close()
         if self.process.poll() is None:

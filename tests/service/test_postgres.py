@@ -7,17 +7,19 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import select, text
 
 from benchmarks.databases import admin, postgresql_server, url_of
 from service.db import migrate
 from service.db.engine import Database, clock
-from service.db.tables import Job
-from service.store import adapters, jobs
+from service.db.tables import Job, Leader
+from service.errors import Unavailable
+from service.store import adapters, election, jobs
 from tests.service.harness import Stack
 from tests.service.test_idempotency import *
 from tests.service.test_ingest import *
@@ -85,6 +87,21 @@ def test_an_adapter_whose_row_is_held_for_a_moment_is_passed_over_and_keeps_its_
         adapters.locked(s, stack.alice.adapter("first")["id"])
         assert stack.worker.must_lease().adapter == "second"
     assert stack.worker.must_lease().adapter == "first"
+
+
+def test_who_freezes_amid_a_transaction_loses_it(server: Any, database_url: str) -> None:
+    def outlived(frozen: Database, other: Database) -> None:
+        with frozen.write() as s:
+            election.stand(s, "publisher", "frozen", 60.0)
+            with other.write() as t:
+                assert election.stand(t, "publisher", "other", 60.0) == 1
+            s.execute(text("SELECT 1"))
+
+    with closing(Database(database_url, busy_seconds=0.2)) as frozen, closing(Database(database_url)) as other:
+        with pytest.raises(Unavailable):
+            outlived(frozen, other)
+        with other.read() as s:
+            assert s.scalars(select(Leader.holder)).all() == ["other"]
 
 
 def test_a_claim_that_waited_for_a_cancellation_does_not_bring_the_job_back(stack: Stack) -> None:
