@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,9 @@ class LoraSpec:
         object.__setattr__(self, "target_modules", tuple(names))
 
 
-def attach_lora(base: nn.Module, spec: LoraSpec) -> LoraPolicy:
-    """Put a fresh adapter on `base` (in place). The global random state is left as it was.
+def attach_lora(base: nn.Module, spec: LoraSpec, obstacle: str | None = None) -> LoraPolicy:
+    """Put a fresh adapter on `base` (in place). The global random state is left as it was. `obstacle`: what
+    `fast.decoder.obstacle_in(base)` says, where it is known already; None = tried when it matters.
 
     Raises AdapterError, `base` left as it was: it carries an adapter already, is no causal language model of
     Transformers, gives no finite logits, or lacks one of the layers.
@@ -81,7 +83,7 @@ def attach_lora(base: nn.Module, spec: LoraSpec) -> LoraPolicy:
         seal = _seal(base)
         torch.manual_seed(spec.seed)
         try:
-            return LoraPolicy(_wrap(base, config), seal)
+            return LoraPolicy(_wrap(base, config), seal, obstacle)
         except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
             raise AdapterError(f"no adapter on {', '.join(targets)}: {error}", code="unsupported_base") from error
 
@@ -93,8 +95,8 @@ def linear_names(base: nn.Module) -> list[str]:
     return sorted({n.rsplit(".", 1)[-1] for n, m in base.named_modules() if isinstance(m, layers) and m is not head})
 
 
-def load_lora(base: nn.Module, directory: Path | str) -> LoraPolicy:
-    """Put the adapter saved in `directory` (a PEFT directory) on `base`, trainable.
+def load_lora(base: nn.Module, directory: Path | str, obstacle: str | None = None) -> LoraPolicy:
+    """Put the adapter saved in `directory` (a PEFT directory) on `base`, trainable. `obstacle` as in `attach_lora`.
 
     Raises AdapterError, `base` left as it was, for a base as in `attach_lora`, and when the directory is not a LoRA
     adapter of this base (missing or unexpected keys, shapes, values that are not finite, unreadable files).
@@ -114,7 +116,7 @@ def load_lora(base: nn.Module, directory: Path | str) -> LoraPolicy:
             raise
         except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
             raise AdapterError(f"{directory} is not a LoRA adapter of this base: {error}") from error
-        return LoraPolicy(model, seal)
+        return LoraPolicy(model, seal, obstacle)
 
 
 def _wrap(base: nn.Module, config: PeftConfig) -> PeftModel:
@@ -149,12 +151,14 @@ def detach(policy: LoraPolicy) -> nn.Module:
 
 
 @contextmanager
-def attached(base: nn.Module, source: LoraSpec | Path | str) -> Iterator[LoraPolicy]:
-    """A fresh (LoraSpec) or saved (directory) adapter on `base` for the length of a `with` block.
+def attached(base: nn.Module, source: LoraSpec | Path | str, obstacle: str | None = None) -> Iterator[LoraPolicy]:
+    """A fresh (LoraSpec) or saved (directory) adapter on `base` for the length of a `with` block. `obstacle` as in
+    `attach_lora`.
 
     Raises AdapterError at the end of a block that left the base changed: the next job would train on another model.
     """
-    policy = attach_lora(base, source) if isinstance(source, LoraSpec) else load_lora(base, source)
+    put_on = partial(attach_lora, base, source) if isinstance(source, LoraSpec) else partial(load_lora, base, source)
+    policy = put_on(obstacle)
     try:
         yield policy
     finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
+from sdpo_core.bare import BarePolicy
 from sdpo_core.fast.decoder import obstacle_in
 from worker.memory import ModelShape, Quantise, read_shape
 from worker.settings import Device, Dtype
@@ -31,6 +32,8 @@ class BaseModel:
     """Most tokens of one micro-batch."""
     shape: ModelShape | None = None
     """For plans by the memory that is free; None where the model is of an unknown form."""
+    canaries: dict[str, tuple[int, ...]] = field(default_factory=dict, compare=False)
+    """Canary prompts with the base's continuation (worker.canary): the same for every job."""
 
     @cached_property
     def fast_obstacle(self) -> str:
@@ -38,6 +41,12 @@ class BaseModel:
         if not isinstance(self.module, PreTrainedModel):
             return "no model of Transformers"
         return obstacle_in(self.module)
+
+    def bare(self) -> BarePolicy:
+        """The model as a policy without an adapter. Raises TypeError where it is no model of Transformers."""
+        if not isinstance(self.module, PreTrainedModel):
+            raise TypeError(f"the base model is a {type(self.module).__name__}, no model of Transformers")
+        return BarePolicy(self.module, self.fast_obstacle)
 
     @property
     def device(self) -> torch.device:

@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,9 +30,9 @@ from sdpo_core.lora import LoraPolicy, LoraSpec, attached, save_lora
 from sdpo_core.optimizer import load_optimizer, make_optimizer, save_optimizer
 from sdpo_core.options import Options
 from sdpo_core.report import BatchResult, StepMetrics
-from sdpo_core.rollouts import learnt_from
 from sdpo_core.samples import Sample
 from sdpo_core.standing import update_standing
+from worker.ahead import Ahead, Draft, ahead_of
 from worker.base_model import BaseModel
 from worker.behaviour import behaviour_of
 from worker.canary import canary_ids, record, score
@@ -63,8 +63,12 @@ class _Prepared:
     """One per item."""
 
 
-def run_job(lease: Lease, base: BaseModel, root: Path, *, report: Report, should_stop: Callable[[], bool]) -> Done:
-    """Train the lease's batch on its parent and put the version under its final name.
+def run_job(
+    lease: Lease, base: BaseModel, root: Path, *, report: Report, should_stop: Callable[[], bool],
+    ahead: Ahead | None = None,
+) -> Done:  # fmt: skip
+    """Train the lease's batch on its parent and put the version under its final name. `ahead`: what was computed for
+    this lease before, together with others.
 
     Raises TrainingFailedError with a code for the service, and StoppedError when `should_stop` says so between steps.
     The base model comes back bit-identical either way.
@@ -74,16 +78,16 @@ def run_job(lease: Lease, base: BaseModel, root: Path, *, report: Report, should
         source = job.parent / "adapter" if job.parent else _fresh_lora(lease, base)
         canary = canary_ids(base, lease.canary_prompt)
         torch.manual_seed(lease.seed)
-        with attached(base.module, source) as policy:
+        known = ahead or ahead_of([Draft(lease, job.samples, job.options)], base, report, should_stop)[0]
+        standing = _standing(job, base)
+        with attached(base.module, source, base.fast_obstacle) as policy:
             before = score(policy, canary)
             optimizer, ema = _optimizer(policy, job), _moving_average(policy, job)
             started = time.monotonic()
-            batch = _batch(policy, job, base, report, should_stop)
-            result = _train(policy, optimizer, ema, batch, report, should_stop)
-            seconds = time.monotonic() - started
+            result = _train(policy, optimizer, ema, job, known, report, should_stop)
+            seconds = time.monotonic() - started + known.seconds
             report(Progress(run_id=lease.run_id, phase="writing", step=len(result.steps), steps=job.options.steps))
             after = score(policy, canary)
-            standing = _standing(policy, job, base)
             files = _write(policy, optimizer, ema, job, root, len(standing))
     return Done(
         run_id=lease.run_id,
@@ -154,35 +158,12 @@ def _moving_average(policy: LoraPolicy, job: _Prepared) -> EmaTeacher | None:
     return load_ema(policy, job.parent / "trainer")
 
 
-def _batch(
-    policy: LoraPolicy, job: _Prepared, base: BaseModel, report: Report, should_stop: Callable[[], bool]
-) -> _Prepared:
-    """The job with what is learnt from in place of the items' own answers, entry i for item i; planned anew, for
-    answers that the teacher wrote may be more and longer. A stop is left to the training loop, which asks first."""
-    lease = job.lease
-    if lease.training.rollouts == "own":
-        return job
-
-    def told(_: int = 0) -> None:
-        report(Progress(run_id=lease.run_id, phase="answering", steps=job.options.steps))
-
-    told()
-    learnt = learnt_from(
-        policy,
-        job.samples,
-        lease.training.rollouts,
-        batch_tokens=job.options.micro_batch_tokens,
-        should_stop=should_stop,
-        on_written=told,
-    )
-    return replace(job, samples=learnt, options=planned(job.options, base, learnt, lease.lora.rank))
-
-
 def _train(
     policy: LoraPolicy,
     optimizer: AdamW,
     ema: EmaTeacher | None,
     job: _Prepared,
+    known: Ahead,
     report: Report,
     should_stop: Callable[[], bool],
 ) -> BatchResult:
@@ -192,8 +173,10 @@ def _train(
         report(Step(run_id=run_id, metrics=wire_metrics(step)))
         report(Progress(run_id=run_id, phase="training", step=step.step, steps=steps))
 
-    report(Progress(run_id=run_id, phase="scoring", steps=steps))
-    result = train_batch(policy, optimizer, job.samples, job.options, ema=ema, on_step=on_step, should_stop=should_stop)
+    result = train_batch(
+        policy, optimizer, known.learnt, known.options,
+        ema=ema, targets=known.targets, anchors=known.anchors, on_step=on_step, should_stop=should_stop,
+    )  # fmt: skip
     if result.stop_reason == "cancelled":
         raise StoppedError
     if result.skipped_non_finite and result.skipped_non_finite == len(result.steps):
@@ -206,12 +189,14 @@ def _train(
     return result
 
 
-def _standing(policy: LoraPolicy, job: _Prepared, base: BaseModel) -> list[str]:
+def _standing(job: _Prepared, base: BaseModel) -> list[str]:
     """What the next batch's teacher is told besides its own remarks. Remarks on one answer alone never join."""
     lease = job.lease
     new = [item.feedback for item in lease.items if item.standing]
     probes = probes_of(lease, job.samples)
-    return list(update_standing(policy, base.tokenizer, lease.standing_feedback, new, probes).remarks)
+    return list(
+        update_standing(base.bare(), base.tokenizer, lease.standing_feedback, new, probes, tell_why=False).remarks
+    )
 
 
 def _write(
