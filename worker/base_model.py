@@ -15,6 +15,7 @@ from sdpo_core.bare import BarePolicy
 from sdpo_core.fast.decoder import obstacle_in
 from worker.memory import ModelShape, Quantise, read_shape
 from worker.settings import Device, Dtype
+from worker.warm import WarmVersions
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class BaseModel:
     """For plans by the memory that is free; None where the model is of an unknown form."""
     canaries: dict[str, tuple[int, ...]] = field(default_factory=dict, compare=False)
     """Canary prompts with the base's continuation (worker.canary): the same for every job."""
+    warm: WarmVersions = field(default_factory=WarmVersions, compare=False)
+    """What was trained on it of late; none unless told how much may be kept."""
 
     @cached_property
     def fast_obstacle(self) -> str:

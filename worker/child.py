@@ -107,13 +107,14 @@ def serve(arguments: argparse.Namespace, channel_socket: socket.socket) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from worker.base_model import load_base
+    from worker.warm import WarmVersions
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
     disable_progress_bar()
     base = load_base(arguments.model, arguments.base_model, arguments.device, arguments.dtype, arguments.quantise)
-    base = replace(base, batch_tokens=arguments.batch_tokens)
+    base = replace(base, batch_tokens=arguments.batch_tokens, warm=WarmVersions(arguments.warm_bytes))
     channel = Channel(channel_socket)
     parameters = sum(p.numel() for p in base.module.parameters())
     channel.send(Ready(parameters=parameters, device=str(base.device)))
@@ -132,6 +133,7 @@ def main() -> None:
     flags.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], required=True)
     flags.add_argument("--quantise", choices=["none", "4bit"], default="none")
     flags.add_argument("--batch-tokens", type=int, default=8192)
+    flags.add_argument("--warm-bytes", type=int, default=0)
     flags.add_argument("--threads", type=int)
     arguments = flags.parse_args()
     die_with(arguments.parent_pid)

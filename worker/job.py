@@ -31,6 +31,7 @@ from sdpo_core.optimizer import load_optimizer, make_optimizer, save_optimizer
 from sdpo_core.options import Options
 from sdpo_core.report import BatchResult, StepMetrics
 from sdpo_core.samples import Sample
+from sdpo_core.saved import SavedLora
 from sdpo_core.standing import update_standing
 from worker.ahead import Ahead, Draft, ahead_of
 from worker.base_model import BaseModel
@@ -44,7 +45,8 @@ from worker.messages import Done, Previewed, Progress, Step
 from worker.parent import base_mismatch, verified_parent
 from worker.plan import planned
 from worker.preview import preview_of
-from worker.versions import clear_leftovers, create_staging, directory_of, publish, staging_of
+from worker.versions import clear_leftovers, create_staging, directory_of, publish, staging_of, version_digest
+from worker.warm import WarmVersion, warm_version
 
 log = logging.getLogger(__name__)
 Report = Callable[[Progress | Step], None]
@@ -58,9 +60,16 @@ class _Prepared:
 
     lease: Lease
     options: Options
-    parent: Path | None
+    parent: Path | WarmVersion | None
     samples: list[Sample]
     """One per item."""
+
+    @property
+    def trainer_state(self) -> Path | None:
+        """Where the parent's optimizer state lies, if it has one on disk."""
+        if not isinstance(self.parent, Path) or not (self.parent / "trainer").is_dir():
+            return None
+        return self.parent / "trainer"
 
 
 def run_job(
@@ -75,7 +84,7 @@ def run_job(
     """
     with _named_failures():
         job = _prepare(lease, base, root)
-        source = job.parent / "adapter" if job.parent else _fresh_lora(lease, base)
+        source = _source(job, base)
         canary = canary_ids(base, lease.canary_prompt)
         torch.manual_seed(lease.seed)
         known = ahead or ahead_of([Draft(lease, job.samples, job.options)], base, report, should_stop)[0]
@@ -89,6 +98,9 @@ def run_job(
             report(Progress(run_id=lease.run_id, phase="writing", step=len(result.steps), steps=job.options.steps))
             after = score(policy, canary)
             files = _write(policy, optimizer, ema, job, root, len(standing))
+            if base.warm.most_bytes:
+                kept = warm_version(policy, lease.base_model, optimizer, ema)
+                base.warm.keep(root, f"{lease.adapter_id}/{lease.run_id}", version_digest(files), kept)
     return Done(
         run_id=lease.run_id,
         uri=f"{lease.adapter_id}/{lease.run_id}",
@@ -108,7 +120,7 @@ def run_preview(lease: Lease, base: BaseModel, root: Path, *, report: Report) ->
     with _named_failures():
         job = _prepare(lease, base, root)
         report(Progress(run_id=lease.run_id, phase="scoring"))
-        source = job.parent / "adapter" if job.parent else _fresh_lora(lease, base)
+        source = _source(job, base)
         untold = untold_prompts(lease, base, job.samples)
         options = job.options.replace(micro_batch_tokens=min(job.options.micro_batch_tokens, PREVIEW_BATCH_TOKENS))
         with attached(base.module, source) as policy:
@@ -129,9 +141,16 @@ def _prepare(lease: Lease, base: BaseModel, root: Path) -> _Prepared:
     return _Prepared(
         lease=lease,
         options=planned(options_of(lease.training), base, samples, lease.lora.rank),
-        parent=verified_parent(root, lease),
+        parent=base.warm.find(root, lease.parent) or verified_parent(root, lease),
         samples=samples,
     )
+
+
+def _source(job: _Prepared, base: BaseModel) -> LoraSpec | Path | SavedLora:
+    """What the job starts from."""
+    if job.parent is None:
+        return _fresh_lora(job.lease, base)
+    return job.parent.lora if isinstance(job.parent, WarmVersion) else job.parent / "adapter"
 
 
 def _fresh_lora(lease: Lease, base: BaseModel) -> LoraSpec:
@@ -144,18 +163,19 @@ def _fresh_lora(lease: Lease, base: BaseModel) -> LoraSpec:
 
 def _optimizer(policy: LoraPolicy, job: _Prepared) -> AdamW:
     """Moments come from the parent, every hyperparameter from the lease. An uploaded parent has no moments."""
-    if job.parent is None or not (job.parent / "trainer").is_dir():
-        return make_optimizer(policy, job.options)
-    return load_optimizer(policy, job.options, job.parent / "trainer")
+    saved = job.parent.moments if isinstance(job.parent, WarmVersion) else job.trainer_state
+    return make_optimizer(policy, job.options) if saved is None else load_optimizer(policy, job.options, saved)
 
 
 def _moving_average(policy: LoraPolicy, job: _Prepared) -> EmaTeacher | None:
     """The state of teacher `ema`: the parent's, or a start at the parent's own weights where it has none."""
     if job.options.teacher != "ema":
         return None
-    if job.parent is None or not has_ema(job.parent / "trainer"):
+    if isinstance(job.parent, WarmVersion):
+        return make_ema(policy) if job.parent.ema is None else job.parent.ema.on(policy.device)
+    if job.trainer_state is None or not has_ema(job.trainer_state):
         return make_ema(policy)
-    return load_ema(policy, job.parent / "trainer")
+    return load_ema(policy, job.trainer_state)
 
 
 def _train(

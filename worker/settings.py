@@ -48,6 +48,9 @@ class WorkerSettings(BaseSettings):
     """4bit: the frozen base weights as NF4 through bitsandbytes; needs an NVIDIA GPU."""
     batch_tokens: Annotated[int, Field(ge=1, le=1 << 24)] = 8192
     """Padded tokens of one micro-batch; fewer take less memory. One sample at least."""
+    warm_bytes: Annotated[int, Field(ge=0)] = 2 * 2**30
+    """Of main memory, for adapters with their optimizer state that were trained here of late: their next job reads no
+    files. The longest unused goes first; 0: none."""
     preflight: Literal["refuse", "off"] = "refuse"
     """Whether a plan that does not fit the free memory ends the worker before it loads anything."""
     threads: Annotated[int, Field(ge=1, le=256)] | None = None
@@ -93,6 +96,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--dtype", choices=["auto", "float32", "bfloat16"])
     flags.add_argument("--quantise", choices=["none", "4bit"], help="4bit needs an NVIDIA GPU and bitsandbytes")
     flags.add_argument("--batch-tokens", type=int, help="padded tokens of one micro-batch: fewer take less memory")
+    flags.add_argument("--warm-bytes", type=int, help="memory for adapters trained of late: 0 keeps none")
     flags.add_argument("--preflight", choices=["refuse", "off"], help="off: start even if the plan does not fit")
     flags.add_argument("--threads", type=int, help="torch threads of the training process")
     return flags

@@ -135,6 +135,7 @@ class TrainerProcess:
             "--dtype": s.dtype,
             "--quantise": s.quantise,
             "--batch-tokens": s.batch_tokens,
+            "--warm-bytes": s.warm_bytes,
         } | ({"--threads": s.threads} if s.threads else {})
         return [sys.executable, "-m", "worker.child", *(str(word) for pair in flags.items() for word in pair)]
 
