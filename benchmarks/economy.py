@@ -40,7 +40,7 @@ from worker.warm import WarmVersions
 REPORT = Path(__file__).parents[1] / "build" / "reports" / "economy.json"
 Json = dict[str, Any]
 ITEMS = 8
-TURNS = {1: 9, 4: 5, 16: 3}
+TURNS = {1: 7, 4: 4, 16: 2}
 """By number of adapters."""
 WARM_BYTES = 1 << 30
 

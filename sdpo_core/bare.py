@@ -18,6 +18,7 @@ from sdpo_core.errors import AdapterError
 from sdpo_core.fast.decoder import head_of, hidden_states, obstacle_in
 from sdpo_core.fast.head import Head
 from sdpo_core.fast.packing import PackedBatch
+from sdpo_core.fast.prefixes import Read, read_behind, reads_on
 from sdpo_core.lora_policy import kept_logits, seal_of, takes_logits_to_keep, vocabulary_of, window_of
 from sdpo_core.lowrank import LowRank
 from sdpo_core.samples import TokenBatch
@@ -28,10 +29,11 @@ class BarePolicy:
     """Implements `writing.Writer`, `fast.decoder.HiddenPolicy` and `identity.KnownBase`. It trains nothing: raises
     AdapterError `no_adapter` when it is asked for one."""
 
-    def __init__(self, base: PreTrainedModel, obstacle: str | None = None) -> None:
-        """`obstacle`: what `obstacle_in(base)` says, where it is known already."""
+    def __init__(self, base: PreTrainedModel, obstacle: str | None = None, reads_on: bool | None = None) -> None:
+        """What `obstacle_in(base)` and `fast.prefixes.reads_on(base)` say, where it is known already."""
         self._base = base.eval()
         self._known_obstacle = obstacle
+        self._reads_on = reads_on
 
     @property
     def device(self) -> torch.device:
@@ -84,6 +86,19 @@ class BarePolicy:
     ) -> list[tuple[int, ...]]:
         """Greedy answers."""
         return write_greedily(self._base, prompts, max_new_tokens, should_stop)
+
+    @property
+    def reads_on(self) -> bool:
+        """See `fast.prefixes.PrefixReader`. Tried once."""
+        if self._reads_on is None:
+            self._reads_on = not self.obstacle() and reads_on(self._base)
+        return self._reads_on
+
+    def read(
+        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], known: Read | None
+    ) -> tuple[list[Tensor], Read]:
+        states_NH, read = read_behind(self._base, prompts, responses, known)
+        return list(torch.split(self.head().logits(states_NH), [len(r) for r in responses])), read
 
     @cached_property
     def _keeps_logits(self) -> bool:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from sdpo_core.bare import BarePolicy
 from sdpo_core.fast.decoder import obstacle_in
+from sdpo_core.fast.prefixes import reads_on
 from worker.memory import ModelShape, Quantise, read_shape
 from worker.settings import Device, Dtype
 from worker.warm import WarmVersions
@@ -49,7 +50,11 @@ class BaseModel:
         """The model as a policy without an adapter. Raises TypeError where it is no model of Transformers."""
         if not isinstance(self.module, PreTrainedModel):
             raise TypeError(f"the base model is a {type(self.module).__name__}, no model of Transformers")
-        return BarePolicy(self.module, self.fast_obstacle)
+        return BarePolicy(self.module, self.fast_obstacle, self._reads_on)
+
+    @cached_property
+    def _reads_on(self) -> bool:
+        return isinstance(self.module, PreTrainedModel) and not self.fast_obstacle and reads_on(self.module)
 
     @property
     def device(self) -> torch.device:
