@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Iterator, Sequence
 
 from api_schemas.worker import Lease, LeaseRequest
 from worker.attempt import Attempt, backoff
-from worker.errors import LeaseLostError, RefusedError, ServiceUnavailableError
+from worker.errors import LeaseLostError, RefusedError, ServiceUnavailableError, WorkerError
 from worker.service_client import ServiceClient
 from worker.settings import WorkerSettings
 from worker.trainer_process import TrainerProcess
@@ -75,13 +75,14 @@ class Supervisor:
                 raise end
 
     async def _another(self, leases: Sequence[Lease]) -> Lease | None:
-        """The first is waited for. None as well when the service is away and a lease is held already."""
+        """The first is waited for. None as well when the service gives no answer, or a refusal,
+        and a lease is held already: what is wrong is seen again when that one is done."""
         s = self._settings
         wait = 0.0 if leases else s.poll_seconds
         request = LeaseRequest(worker_id=s.worker_id, base_model=s.base_model, wait_seconds=wait)
         try:
             return await self._client.lease(request)  # not cut short by a shutdown: a granted lease is never orphaned
-        except ServiceUnavailableError:
+        except WorkerError:
             if not leases:
                 raise
             return None
