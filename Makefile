@@ -9,7 +9,7 @@ VLLM_ENV := .venv-vllm
 TOGETHER := --numprocesses=2 --dist=loadfile
 
 .PHONY: install vllm-env demo test test-together test-fast check-swap check-gateway check-ingest check-claim check-mutants check-power \
-  check-model check-kill bench experiments lint types format clean
+  check-model check-kill bench bench-economy experiments lint types format clean
 
 install: .venv/.installed
 
@@ -57,6 +57,10 @@ check-gateway: install vllm-env
 # The training step, fast against plain against a plain baseline, on one thread: build/reports/bench.json, docs/speed.svg
 bench: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.step
+
+# A worker's jobs of 1, 4 and 16 adapters, alone and sharing the base's passes, cold and warm: build/reports/economy.json
+bench-economy: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.economy
 
 # Feedback in: exactness, rate and latency against a request that does nothing: build/reports/ingest.json
 check-ingest: install

@@ -4,7 +4,8 @@ The teacher is the same model told the feedback; the student, the adapter, is no
 were. docs/algorithm.md has the formulas and a complete example.
 """
 
-from sdpo_core.ahead import teacher_targets
+from sdpo_core.ahead import anchor_scores, teacher_targets
+from sdpo_core.bare import BarePolicy
 from sdpo_core.chat import chat_ids
 from sdpo_core.divergence import Target
 from sdpo_core.ema import EmaTeacher, load_ema, make_ema, save_ema
@@ -18,7 +19,7 @@ from sdpo_core.errors import (
     TargetError,
 )
 from sdpo_core.explain import Explanation, explain
-from sdpo_core.identity import TeacherTarget
+from sdpo_core.identity import AnchorScore, TeacherTarget
 from sdpo_core.loop import train_batch
 from sdpo_core.lora import LoraPolicy, LoraSpec, attach_lora, attached, detach, load_lora, save_lora
 from sdpo_core.optimizer import load_optimizer, make_optimizer, save_optimizer
@@ -36,11 +37,12 @@ from sdpo_core.withdraw import withdraw
 from sdpo_core.writing import teacher_written
 
 __all__ = [
-    "PRESETS", "AdapterError", "Audit", "BatchResult", "BatchWarning", "ContextTemplate", "ContextTooLong",
-    "EmaTeacher", "Explanation", "LoraPolicy", "LoraSpec", "OptionError", "Options", "Policy", "PolicyGradient",
-    "Probe", "RemarkError", "Sample", "SampleError", "SampleOutcome", "SdpoError", "Standing", "StepMetrics",
-    "StepPlan", "Target", "TargetError", "TeacherPrompt", "TeacherTarget", "TokenBatch", "attach_lora", "attached",
-    "chat_ids", "claas", "detach", "explain", "lasgroup", "learnt_from", "load_ema", "load_lora", "load_optimizer",
-    "make_ema", "make_optimizer", "save_ema", "save_lora", "save_optimizer", "teacher_messages", "teacher_prompt",
-    "teacher_targets", "teacher_written", "train_batch", "update_standing", "usable_remarks", "withdraw",
+    "PRESETS", "AdapterError", "AnchorScore", "Audit", "BarePolicy", "BatchResult", "BatchWarning",
+    "ContextTemplate", "ContextTooLong", "EmaTeacher", "Explanation", "LoraPolicy", "LoraSpec", "OptionError",
+    "Options", "Policy", "PolicyGradient", "Probe", "RemarkError", "Sample", "SampleError", "SampleOutcome",
+    "SdpoError", "Standing", "StepMetrics", "StepPlan", "Target", "TargetError", "TeacherPrompt", "TeacherTarget",
+    "TokenBatch", "anchor_scores", "attach_lora", "attached", "chat_ids", "claas", "detach", "explain", "lasgroup",
+    "learnt_from", "load_ema", "load_lora", "load_optimizer", "make_ema", "make_optimizer", "save_ema", "save_lora",
+    "save_optimizer", "teacher_messages", "teacher_prompt", "teacher_targets", "teacher_written", "train_batch",
+    "update_standing", "usable_remarks", "withdraw",
 ]  # fmt: skip

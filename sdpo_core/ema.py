@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -50,6 +50,11 @@ class EmaTeacher:
     updates: int = 0
     lost: float = 0.0
     """Largest share of a layer's delta (Frobenius norm) that the last update's rank bound cut off."""
+
+    def on(self, device: torch.device | str) -> EmaTeacher:
+        """The same elsewhere. Updates of either leave the other as it is: they make new deltas and write into none."""
+        moved = {name: LowRank(d.left.to(device), d.right.to(device)) for name, d in self.deltas.items()}
+        return replace(self, deltas=moved)
 
     def update(self, policy: DeltaPolicy, rate: float, max_rank: int) -> None:
         """One step of the average towards the policy's current adapter. `rate` 0 leaves it bit-equal."""

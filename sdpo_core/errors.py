@@ -67,7 +67,7 @@ class AdapterError(SdpoError):
 
     Codes: `foreign_adapter` (files), `foreign_optimizer`, `second_adapter`, `unsupported_base`, `unknown_module`,
     `base_not_finite`, `base_changed`, `no_moving_average` (teacher `ema` on layers that it cannot follow),
-    `adapter_detached` (a policy whose adapter was taken off).
+    `adapter_detached` (a policy whose adapter was taken off), `no_adapter` (a bare base that was asked for one).
     """
 
     code = "foreign_adapter"

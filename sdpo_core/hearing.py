@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sdpo_core import divergence as dv
 from sdpo_core.chat import ChatTokenizer, chat_ids
+from sdpo_core.fast.prefixes import PrefixReader, Read
 from sdpo_core.policy import response_logits
 from sdpo_core.samples import micro_batches, token_batch
 from sdpo_core.teacher_context import DEFAULT_TEMPLATE, ContextTemplate, teacher_messages
@@ -47,6 +48,8 @@ class Hearing:
     template: ContextTemplate = DEFAULT_TEMPLATE
     _written: dict[Remarks, list[tuple[int, ...]]] = field(default_factory=dict)
     _opinions: dict[tuple[Remarks, Remarks], list[Tensor]] = field(default_factory=dict)
+    _known: tuple[Remarks, Read] | None = None
+    """The text that was read last under its own remarks; what it takes is no more than writing it took."""
 
     def within(self, most: int, told: Sequence[str]) -> Hearing:
         """On at most so many of the conversations, evenly spread over those that fit the window with `told` and an
@@ -67,8 +70,8 @@ class Hearing:
         text = tuple(told)
         peaks = [
             _peak(read_TV, own_TV, ids)
-            for read_TV, own_TV, ids in zip(
-                self._opinion(text, tuple(instead)), self._opinion(text, text), self._text(text), strict=True
+            for own_TV, read_TV, ids in zip(
+                self._opinion(text, text), self._opinion(text, tuple(instead)), self._text(text), strict=True
             )
         ]
         return sum(peaks) / len(peaks)
@@ -87,11 +90,23 @@ class Hearing:
         key = (text, told)
         if key in self._opinions:
             return self._opinions[key]
-        scored = list(self._score(self._text(text), self._prompts(told)))
+        scored = self._read(text, told)
         held = sum(logp_TV.numel() for opinion in self._opinions.values() for logp_TV in opinion)
         if held + sum(logp_TV.numel() for logp_TV in scored) <= _MEMO_ELEMENTS:
             self._opinions[key] = scored
         return scored
+
+    def _read(self, text: Remarks, told: Remarks) -> list[Tensor]:
+        """Where the policy can, behind what the text's own prompt has in common with this one."""
+        answers, prompts, policy = self._text(text), self._prompts(told), self.policy
+        tokens = sum(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
+        if not isinstance(policy, PrefixReader) or not policy.reads_on or tokens > self.micro_batch_tokens:
+            return list(self._score(answers, prompts))
+        known = self._known[1] if self._known is not None and self._known[0] == text else None
+        logits, read = policy.read(prompts, answers, known)
+        if text == told:
+            self._known = (text, read)
+        return [dv.log_probs(logits_TV) for logits_TV in logits]
 
     def _score(self, answers: Sequence[tuple[int, ...]], prompts: Sequence[list[int]]) -> Iterator[Tensor]:
         lengths = [len(p) + len(a) for p, a in zip(prompts, answers, strict=True)]

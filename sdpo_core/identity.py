@@ -16,6 +16,7 @@ from sdpo_core.errors import TargetError
 from sdpo_core.options import Options
 from sdpo_core.policy import Policy
 from sdpo_core.samples import Sample
+from sdpo_core.scoring import BaseScore
 
 
 @runtime_checkable
@@ -47,16 +48,30 @@ class TeacherTarget:
     key: TargetKey
 
 
+@dataclass(frozen=True)
+class AnchorScore:
+    """The base model's view of one sample's plain prompt, and what it is good for. Made by `anchor_scores`."""
+
+    score: BaseScore
+    key: TargetKey
+
+
+def anchor_keys(policy: Policy, samples: Sequence[Sample]) -> list[TargetKey]:
+    """The key of each sample's anchor. Which options are asked does not matter: one kind is kept."""
+    base = _base(policy)
+    return [TargetKey(_digest_of(s, s.prompt_ids), "the base's distance", "base", base) for s in samples]
+
+
 def target_keys(policy: Policy, samples: Sequence[Sample], options: Options, ema: EmaTeacher | None) -> list[TargetKey]:
     """The key of each sample's target under the policy as it is now."""
     kept, teacher, base = _kept(options), _teacher(policy, options, ema), _base(policy)
     return [TargetKey(_text(s), kept, teacher, base) for s in samples]
 
 
-def check_key(row: int, found: TargetKey, wanted: TargetKey) -> None:
-    """Raises TargetError that says what `found` differs in."""
+def check_key(row: int, found: TargetKey, wanted: TargetKey, anew: str = "teacher_targets") -> None:
+    """Raises TargetError that says what `found` differs in, and that `anew` makes another."""
     differences = {
-        "text": "for another answer or another teacher's prompt",
+        "text": "for another answer or another prompt",
         "kept": f"for other options: {found.kept}; these need {wanted.kept}",
         "teacher": "by another teacher, or by this one with other weights",
         "base": "on another base model",
@@ -64,14 +79,17 @@ def check_key(row: int, found: TargetKey, wanted: TargetKey) -> None:
     for name, said in differences.items():
         ours, theirs = getattr(wanted, name), getattr(found, name)
         if ours and theirs and ours != theirs:
-            raise TargetError(f"the target of sample {row} was scored {said}: score it anew with teacher_targets")
+            raise TargetError(f"the target of sample {row} was scored {said}: score it anew with {anew}")
 
 
 def _text(sample: Sample) -> str:
+    return _digest_of(sample, sample.teacher_prompt_ids)
+
+
+def _digest_of(sample: Sample, prompt_ids: tuple[int, ...]) -> str:
     if not sample.live:
         return "dead"
-    digest = hashlib.sha256(repr((sample.teacher_prompt_ids, sample.response_ids)).encode())
-    return digest.hexdigest()
+    return hashlib.sha256(repr((prompt_ids, sample.response_ids)).encode()).hexdigest()
 
 
 def _kept(options: Options) -> str:

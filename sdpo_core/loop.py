@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sdpo_core.aggregation import row_weights
-from sdpo_core.ahead import live_targets
+from sdpo_core.ahead import live_anchors, live_targets
 from sdpo_core.batch_checks import taught_parts
 from sdpo_core.divergence import Target
 from sdpo_core.ema import DeltaPolicy, EmaTeacher
-from sdpo_core.identity import TeacherTarget
+from sdpo_core.identity import AnchorScore, TeacherTarget
 from sdpo_core.optimizer import use_optimizer
 from sdpo_core.options import Options
 from sdpo_core.path_choice import Route, choose
@@ -33,7 +33,7 @@ from sdpo_core.paths import Part, Path
 from sdpo_core.policy import Policy
 from sdpo_core.report import BatchResult, Outcome, StepMetrics, StepPlan, StopReason, Sums, Watch, sample_outcome
 from sdpo_core.samples import Sample, pad_rows
-from sdpo_core.scoring import Fixed, score_fixed
+from sdpo_core.scoring import BaseScore, Fixed, score_fixed
 
 R = TypeVar("R")
 
@@ -53,6 +53,7 @@ def train_batch(
     *,
     ema: EmaTeacher | None = None,
     targets: Sequence[TeacherTarget] | None = None,
+    anchors: Sequence[AnchorScore] | None = None,
     on_step: Callable[[StepMetrics], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> BatchResult:
@@ -61,12 +62,12 @@ def train_batch(
     `optimizer` comes from `make_optimizer` / `load_optimizer`, over `policy.trainable()`; its rate, and betas, eps and
     weight decay where it has them, are set to those of `options`. `ema`, for teacher `ema`, is moved once, after the
     batch and only if weights moved. `targets` are the teacher's, one per sample, where `teacher_targets` has scored
-    them before. `on_step` is called after each step; `should_stop` is asked before each (true: stop, keeping the
-    updates made so far).
+    them before; `anchors` are the base's, likewise, where `anchor_scores` has. `on_step` is called after each step;
+    `should_stop` is asked before each (true: stop, keeping the updates made so far).
 
     Raises before anything is trained: OptionError when teacher `ema` lacks its state or targets are given for teacher
-    `live`; AdapterError for an optimizer of another adapter; TargetError for targets of other samples, options,
-    teachers or bases; ContextTooLong, SampleError for samples that the model cannot read.
+    `live`; AdapterError for an optimizer of another adapter; TargetError for targets or anchors of other samples,
+    options, teachers or bases; ContextTooLong, SampleError for samples that the model cannot read.
     """
     samples = taught_parts(policy, samples, options)
     outcomes = tuple(sample_outcome(s) for s in samples)
@@ -74,9 +75,10 @@ def train_batch(
     use_optimizer(policy, optimizer, options)
     route = choose(policy, options, ema)
     known = live_targets(policy, samples, targets, options, ema)
+    scored = live_anchors(policy, samples, anchors)
     if not live:
         return BatchResult((), outcomes, "nothing_to_teach")
-    run = _Run(route, optimizer, live, _live_weights(samples, options), ema, known)
+    run = _Run(route, optimizer, live, _live_weights(samples, options), ema, known, scored)
     run.check_base("before the first step")
     stop_reason: StopReason = "steps"
     for number in range(1, options.steps + 1):
@@ -116,6 +118,8 @@ class _Run:
     ema: EmaTeacher | None
     targets: list[Target]
     """Empty: to be scored."""
+    anchors: list[BaseScore] | None = None
+    """None: to be scored."""
     fixed: Fixed = field(init=False)
     behaviour: list[Tensor | None] = field(init=False)
     """Per sample; None = take the student's own at the next forward pass."""
@@ -125,7 +129,7 @@ class _Run:
     def __post_init__(self) -> None:
         self.policy = self.route.path.policy
         self.tokens = sum(len(s.response_ids) for s in self.live)
-        self.fixed = self._within_memory(lambda path: score_fixed(path, self.live))
+        self.fixed = self._within_memory(lambda path: score_fixed(path, self.live, self.anchors))
         if not self.targets:
             self.targets = self._within_memory(lambda path: path.targets(self.live))
         self.behaviour = [self._first_behaviour(i) for i in range(len(self.live))]

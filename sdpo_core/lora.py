@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sdpo_core.errors import AdapterError, OptionError
 from sdpo_core.lora_policy import LoraPolicy, seal_of
+from sdpo_core.saved import SavedLora
 from sdpo_core.undo import undone_on_error
 
 __all__ = ["LoraPolicy", "LoraSpec", "attach_lora", "attached", "detach", "linear_names", "load_lora", "save_lora"]
@@ -58,8 +60,9 @@ class LoraSpec:
         object.__setattr__(self, "target_modules", tuple(names))
 
 
-def attach_lora(base: nn.Module, spec: LoraSpec) -> LoraPolicy:
-    """Put a fresh adapter on `base` (in place). The global random state is left as it was.
+def attach_lora(base: nn.Module, spec: LoraSpec, obstacle: str | None = None) -> LoraPolicy:
+    """Put a fresh adapter on `base` (in place). The global random state is left as it was. `obstacle`: what
+    `fast.decoder.obstacle_in(base)` says, where it is known already; None = tried when it matters.
 
     Raises AdapterError, `base` left as it was: it carries an adapter already, is no causal language model of
     Transformers, gives no finite logits, or lacks one of the layers.
@@ -81,7 +84,7 @@ def attach_lora(base: nn.Module, spec: LoraSpec) -> LoraPolicy:
         seal = _seal(base)
         torch.manual_seed(spec.seed)
         try:
-            return LoraPolicy(_wrap(base, config), seal)
+            return LoraPolicy(_wrap(base, config), seal, obstacle)
         except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
             raise AdapterError(f"no adapter on {', '.join(targets)}: {error}", code="unsupported_base") from error
 
@@ -93,28 +96,35 @@ def linear_names(base: nn.Module) -> list[str]:
     return sorted({n.rsplit(".", 1)[-1] for n, m in base.named_modules() if isinstance(m, layers) and m is not head})
 
 
-def load_lora(base: nn.Module, directory: Path | str) -> LoraPolicy:
-    """Put the adapter saved in `directory` (a PEFT directory) on `base`, trainable.
+def load_lora(base: nn.Module, saved: Path | str | SavedLora, obstacle: str | None = None) -> LoraPolicy:
+    """Put a saved adapter (a PEFT directory, or `lora_state`) on `base`, trainable. `obstacle` as in `attach_lora`.
 
-    Raises AdapterError, `base` left as it was, for a base as in `attach_lora`, and when the directory is not a LoRA
+    Raises AdapterError, `base` left as it was, for a base as in `attach_lora`, and when what was saved is not a LoRA
     adapter of this base (missing or unexpected keys, shapes, values that are not finite, unreadable files).
     """
-    directory = Path(directory)
+    where = "memory" if isinstance(saved, SavedLora) else str(saved)
     _refuse_unfit(base)
-    if not (directory / WEIGHTS_FILE).is_file():
-        raise AdapterError(f"{directory} holds no {WEIGHTS_FILE}")
+    if not isinstance(saved, SavedLora) and not (Path(saved) / WEIGHTS_FILE).is_file():
+        raise AdapterError(f"{saved} holds no {WEIGHTS_FILE}")
     with undone_on_error(base):
         seal = _seal(base)
         try:
-            config = PeftConfig.from_pretrained(str(directory))
-            _refuse_kind(config, directory)
+            config = _config_of(saved)
+            _refuse_kind(config, where)
             model = _wrap(base, config)
-            _fill(model, directory)
+            weights = saved.weights if isinstance(saved, SavedLora) else load_peft_weights(str(saved), device="cpu")
+            _fill(model, weights, where)
         except AdapterError:
             raise
         except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
-            raise AdapterError(f"{directory} is not a LoRA adapter of this base: {error}") from error
-        return LoraPolicy(model, seal)
+            raise AdapterError(f"{where} is not a LoRA adapter of this base: {error}") from error
+        return LoraPolicy(model, seal, obstacle)
+
+
+def _config_of(saved: Path | str | SavedLora) -> Any:
+    if isinstance(saved, SavedLora):
+        return PeftConfig.from_peft_type(**saved.config)
+    return PeftConfig.from_pretrained(str(saved))
 
 
 def _wrap(base: nn.Module, config: PeftConfig) -> PeftModel:
@@ -129,18 +139,17 @@ def _wrap(base: nn.Module, config: PeftConfig) -> PeftModel:
         return get_peft_model(base, config)
 
 
-def _fill(model: PeftModel, directory: Path) -> None:
-    weights = load_peft_weights(str(directory), device="cpu")
+def _fill(model: PeftModel, weights: Mapping[str, torch.Tensor], where: str) -> None:
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     if set(weights) != set(expected):
         odd = sorted(set(weights) ^ set(expected))[:3]
-        raise AdapterError(f"the adapter in {directory} has other keys than this base: {', '.join(odd)}")
+        raise AdapterError(f"the adapter in {where} has other keys than this base: {', '.join(odd)}")
     for key, value in weights.items():
         if value.shape != expected[key].shape:
             raise AdapterError(f"'{key}' has shape {tuple(value.shape)}, this base needs {tuple(expected[key].shape)}")
         if not bool(torch.isfinite(value).all()):
             raise AdapterError(f"'{key}' holds values that are not finite")
-    set_peft_model_state_dict(model, weights)
+    set_peft_model_state_dict(model, dict(weights))  # copies
 
 
 def detach(policy: LoraPolicy) -> nn.Module:
@@ -149,12 +158,16 @@ def detach(policy: LoraPolicy) -> nn.Module:
 
 
 @contextmanager
-def attached(base: nn.Module, source: LoraSpec | Path | str) -> Iterator[LoraPolicy]:
-    """A fresh (LoraSpec) or saved (directory) adapter on `base` for the length of a `with` block.
+def attached(
+    base: nn.Module, source: LoraSpec | Path | str | SavedLora, obstacle: str | None = None
+) -> Iterator[LoraPolicy]:
+    """A fresh (LoraSpec) or saved (directory, `lora_state`) adapter on `base` for the length of a `with` block.
+    `obstacle` as in `attach_lora`.
 
     Raises AdapterError at the end of a block that left the base changed: the next job would train on another model.
     """
-    policy = attach_lora(base, source) if isinstance(source, LoraSpec) else load_lora(base, source)
+    put_on = partial(attach_lora, base, source) if isinstance(source, LoraSpec) else partial(load_lora, base, source)
+    policy = put_on(obstacle)
     try:
         yield policy
     finally:
@@ -172,14 +185,20 @@ def save_lora(policy: LoraPolicy, directory: Path | str, *, base_model_name_or_p
     `base_model_name_or_path` is what PEFT and vLLM will read as the adapter's base.
     Raises AdapterError `adapter_detached` after `detach`, or behind `with attached`: there is nothing left to save.
     """
-    policy.check_attached()
+    state = lora_state(policy, base_model_name_or_path)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    save_file(dict(state.weights), directory / WEIGHTS_FILE, metadata={"format": "pt"})
+    (directory / CONFIG_FILE).write_text(json.dumps(state.config, indent=2, sort_keys=True) + "\n")
+
+
+def lora_state(policy: LoraPolicy, base_model_name_or_path: str) -> SavedLora:
+    """What `save_lora` writes. On a CPU the tensors are the adapter's own, so take it when the training is over.
+    Raises AdapterError `adapter_detached`."""
+    policy.check_attached()
     state = get_peft_model_state_dict(policy.model, save_embedding_layers=False)
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
-    config = _plain_config(policy.model.peft_config["default"], base_model_name_or_path)
-    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    return SavedLora(_plain_config(policy.model.peft_config["default"], base_model_name_or_path), tensors)
 
 
 def _plain_config(config: Any, base_name: str) -> dict[str, Any]:
@@ -213,15 +232,15 @@ def _refuse_unknown(base: nn.Module, targets: list[str]) -> None:
         raise AdapterError("the base model has no linear layer to adapt", code="unsupported_base")
 
 
-def _refuse_kind(config: Any, directory: Path) -> None:
+def _refuse_kind(config: Any, where: str) -> None:
     """Raises AdapterError for adapters that reach into the base's own weights, or are more than two factors."""
     if config.peft_type != PeftType.LORA:
-        raise AdapterError(f"{directory} holds a {config.peft_type} adapter, no LoRA")
+        raise AdapterError(f"{where} holds a {config.peft_type} adapter, no LoRA")
     plain = {"bias": ("none",), "init_lora_weights": (True, False, "gaussian")}
     odd = [name for name, known in plain.items() if getattr(config, name) not in known]
     odd += [name for name in ("modules_to_save", "use_dora", "lora_bias", "layer_replication") if getattr(config, name)]
     if odd:
-        raise AdapterError(f"the adapter in {directory} is no plain LoRA: its {odd[0]} is {getattr(config, odd[0])!r}")
+        raise AdapterError(f"the adapter in {where} is no plain LoRA: its {odd[0]} is {getattr(config, odd[0])!r}")
 
 
 def _seal(base: nn.Module) -> torch.Tensor:

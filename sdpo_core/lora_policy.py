@@ -26,9 +26,11 @@ from sdpo_core.writing import ends_of, write_greedily
 class LoraPolicy:
     """A base model with one LoRA adapter attached; implements `sdpo_core.ema.DeltaPolicy`."""
 
-    def __init__(self, model: PeftModel, seal: Tensor | None = None) -> None:
+    def __init__(self, model: PeftModel, seal: Tensor | None = None, obstacle: str | None = None) -> None:
+        """`obstacle`: what `obstacle_in(base)` says, where it is known already."""
         self.model = model.eval()  # no dropout anywhere: a step must be reproducible
         self._seal = seal
+        self._known_obstacle = obstacle
         self._detached = False
 
     def detach(self) -> nn.Module:
@@ -95,7 +97,7 @@ class LoraPolicy:
 
     def obstacle(self) -> str:
         """See `fast.decoder.HiddenPolicy`. Tried once, on the bare base."""
-        return self._obstacle
+        return self._obstacle if self._known_obstacle is None else self._known_obstacle
 
     @cached_property
     def _obstacle(self) -> str:
@@ -171,15 +173,11 @@ class LoraPolicy:
         return [(name, module) for name, module in self.model.named_modules() if isinstance(module, LoraLayer)]
 
     def _forward(self, batch: TokenBatch) -> Tensor:
-        keep = batch.ids_BN.shape[1] - batch.first_logit
-        wanted = {"logits_to_keep": keep} if self._keeps_logits else {}
-        out = self.model(input_ids=batch.ids_BN, attention_mask=batch.attention_BN, use_cache=False, **wanted)
-        logits: Tensor = out.logits
-        return logits[:, -keep:]  # all of them, where the model cannot be told how many
+        return kept_logits(self.model, batch, self._keeps_logits)
 
     @cached_property
     def _keeps_logits(self) -> bool:
-        return "logits_to_keep" in inspect.signature(self.model.get_base_model().forward).parameters
+        return takes_logits_to_keep(self.model.get_base_model())
 
 
 def _adding(delta: LowRank) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
@@ -187,6 +185,19 @@ def _adding(delta: LowRank) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor],
         return output + delta.apply(inputs[0]).to(output.dtype)
 
     return hook
+
+
+def kept_logits(model: Any, batch: TokenBatch, keeps: bool) -> Tensor:
+    """Of the positions from `first_logit` on, (B, N - first_logit, V). `keeps`: the model can be told so."""
+    keep = batch.ids_BN.shape[1] - batch.first_logit
+    wanted = {"logits_to_keep": keep} if keeps else {}
+    out = model(input_ids=batch.ids_BN, attention_mask=batch.attention_BN, use_cache=False, **wanted)
+    logits: Tensor = out.logits
+    return logits[:, -keep:]  # all of them, where the model cannot be told how many
+
+
+def takes_logits_to_keep(model: nn.Module) -> bool:
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from torch.optim import AdamW, Optimizer
 from sdpo_core.errors import AdapterError
 from sdpo_core.options import Options
 from sdpo_core.policy import Policy
+from sdpo_core.saved import SavedMoments
 
 MOMENTS_FILE = "optimizer.safetensors"
 META_FILE = "optimizer.json"
@@ -56,8 +57,16 @@ def use_optimizer(policy: Policy, optimizer: Optimizer, options: Options) -> Non
 
 def save_optimizer(policy: Policy, optimizer: AdamW, directory: Path | str) -> None:
     """Write moments (safetensors) and step counts (JSON) of every parameter that has been stepped."""
+    state = optimizer_state(policy, optimizer)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    save_file(dict(state.tensors), directory / MOMENTS_FILE)
+    meta = {"format": _FORMAT, "algorithm": "adamw", "steps": state.steps}
+    (directory / META_FILE).write_text(json.dumps(meta, indent=1, sort_keys=True) + "\n")
+
+
+def optimizer_state(policy: Policy, optimizer: AdamW) -> SavedMoments:
+    """What `save_optimizer` writes. On a CPU the tensors are the optimizer's own: take it when it is done."""
     tensors: dict[str, Tensor] = {}
     steps: dict[str, int] = {}
     for name, parameter in policy.trainable():
@@ -67,30 +76,28 @@ def save_optimizer(policy: Policy, optimizer: AdamW, directory: Path | str) -> N
         steps[name] = int(state["step"])
         for moment in _MOMENTS:
             tensors[f"{moment}.{name}"] = state[moment].detach().cpu().contiguous()
-    save_file(tensors, directory / MOMENTS_FILE)
-    meta = {"format": _FORMAT, "algorithm": "adamw", "steps": steps}
-    (directory / META_FILE).write_text(json.dumps(meta, indent=1, sort_keys=True) + "\n")
+    return SavedMoments(steps, tensors)
 
 
-def load_optimizer(policy: Policy, options: Options, directory: Path | str) -> AdamW:
-    """AdamW with the moments saved in `directory` and the hyperparameters of `options`.
+def load_optimizer(policy: Policy, options: Options, saved: Path | str | SavedMoments) -> AdamW:
+    """AdamW with the moments saved in a directory, or in memory, and the hyperparameters of `options`.
 
     Raises AdapterError when files are missing or a name or shape does not match this adapter.
     """
-    steps, tensors = _read(Path(directory))
+    state = saved if isinstance(saved, SavedMoments) else _read(Path(saved))
     optimizer = make_optimizer(policy, options)
     named = dict(policy.trainable())
-    for name in steps:
+    for name in state.steps:
         if name not in named:
             raise _foreign(f"the saved optimizer state has a parameter '{name}' that this adapter lacks")
-    for name, count in steps.items():
+    for name, count in state.steps.items():
         parameter = named[name]
-        moments = {m: _moment(tensors, f"{m}.{name}", parameter) for m in _MOMENTS}
+        moments = {m: _moment(state.tensors, f"{m}.{name}", parameter) for m in _MOMENTS}
         optimizer.state[parameter] = {"step": torch.tensor(float(count)), **moments}
     return optimizer
 
 
-def _read(directory: Path) -> tuple[dict[str, int], Mapping[str, Tensor]]:
+def _read(directory: Path) -> SavedMoments:
     try:
         meta = json.loads((directory / META_FILE).read_text())
         tensors = load_file(directory / MOMENTS_FILE)
@@ -99,7 +106,7 @@ def _read(directory: Path) -> tuple[dict[str, int], Mapping[str, Tensor]]:
     known = isinstance(meta, dict) and meta.get("format") == _FORMAT and meta.get("algorithm") == "adamw"
     if not known or not isinstance(meta.get("steps"), dict):
         raise _foreign(f"the optimizer state in {directory} has an unknown format")
-    return {str(k): int(v) for k, v in meta["steps"].items()}, tensors
+    return SavedMoments({str(k): int(v) for k, v in meta["steps"].items()}, tensors)
 
 
 def _moment(tensors: Mapping[str, Tensor], key: str, parameter: Tensor) -> Tensor:
@@ -108,7 +115,7 @@ def _moment(tensors: Mapping[str, Tensor], key: str, parameter: Tensor) -> Tenso
         raise _foreign(f"the saved optimizer state '{key}' is missing or has another shape than the adapter")
     if not bool(torch.isfinite(value).all()):
         raise _foreign(f"the saved optimizer state '{key}' holds values that are not finite")
-    return value.to(device=parameter.device, dtype=parameter.dtype)
+    return value.to(device=parameter.device, dtype=parameter.dtype, copy=True)  # steps write into it
 
 
 def _foreign(message: str) -> AdapterError:

@@ -7,6 +7,8 @@ continuation teaches noise; what it writes itself is right, and holds tokens tha
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from typing import Literal, get_args
 
 from sdpo_core.batch_checks import check_readable, listed_samples
@@ -42,18 +44,73 @@ def learnt_from(
     """
     if rollouts not in get_args(Rollouts):
         raise OptionError("rollouts", f"must be one of {', '.join(get_args(Rollouts))}")
-    samples = listed_samples(samples)
-    check_readable(policy, samples)
-    live = [i for i, sample in enumerate(samples) if sample.live]
-    if rollouts == "own" or not live:
-        return list(samples)
-    limit = max_new_tokens or 2 * max(len(samples[i].response_ids) for i in live) + MARGIN
-    groups = _Groups(policy, limit, batch_tokens, should_stop, on_written)
-    written = groups.write([samples[i] for i in live])
-    ended = {i: s for i, s in zip(live, written, strict=False) if s.response_ids[-1] in policy.ends}
-    if rollouts == "both":
-        return [*samples, *ended.values()]
-    return [ended.get(i, sample) for i, sample in enumerate(samples)]
+    batch = _Batch.of(policy, samples, max_new_tokens)
+    if rollouts == "own" or not batch.live:
+        return batch.samples
+    groups = _Groups(policy, batch.limit, batch_tokens, should_stop, on_written)
+    return batch.learnt(groups.write(batch.live), rollouts, policy.ends)
+
+
+def learnt_together(
+    policy: Writer,
+    batches: Sequence[Sequence[Sample]],
+    rollouts: Rollouts,
+    *,
+    batch_tokens: int = 8192,
+    should_stop: Callable[[], bool] | None = None,
+    on_written: Callable[[int], None] | None = None,
+) -> list[list[Sample]]:
+    """What `learnt_from` gives for each batch, decoded together where the model's window has room for all of them."""
+    known = [_Batch.of(policy, samples, None) for samples in batches]
+    limit = max((b.limit for b in known), default=0)
+    window = getattr(policy, "window", None)
+    fits = [rollouts != "own" and (window is None or b.longest + limit <= window) for b in known]
+    shared = [s for b, together in zip(known, fits, strict=True) if together for s in b.live]
+    written = iter(_Groups(policy, limit, batch_tokens, should_stop, on_written).write(shared))
+    return [
+        b.learnt(list(islice(written, len(b.live))), rollouts, policy.ends)
+        if together
+        else learnt_from(
+            policy, b.samples, rollouts, batch_tokens=batch_tokens, should_stop=should_stop, on_written=on_written
+        )
+        for b, together in zip(known, fits, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Samples, and how long an answer to one of them may be."""
+
+    samples: list[Sample]
+    limit: int
+
+    @staticmethod
+    def of(policy: Writer, samples: Sequence[Sample], limit: int | None) -> _Batch:
+        listed = listed_samples(samples)
+        check_readable(policy, listed)
+        longest = max((len(s.response_ids) for s in listed if s.live), default=0)
+        return _Batch(listed, limit or 2 * longest + MARGIN)
+
+    @property
+    def live(self) -> list[Sample]:
+        return [s for s in self.samples if s.live]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt that is answered."""
+        return max((len(s.teacher_prompt_ids) for s in self.live), default=0)
+
+    def learnt(self, written: Sequence[Sample], rollouts: Rollouts, ends: frozenset[int]) -> list[Sample]:
+        """`written`: for the first of the live samples. Some were given more room than `limit`."""
+        rows = [i for i, sample in enumerate(self.samples) if sample.live]
+        ended = {
+            i: s
+            for i, s in zip(rows, written, strict=False)
+            if len(s.response_ids) <= self.limit and s.response_ids[-1] in ends
+        }
+        if rollouts == "both":
+            return [*self.samples, *ended.values()]
+        return [ended.get(i, sample) for i, sample in enumerate(self.samples)]
 
 
 class _Groups:

@@ -166,12 +166,14 @@ class FixedScorer(Protocol):
     def start(self, samples: Sequence[Sample]) -> list[StartScore]: ...
 
 
-def score_fixed(scorer: FixedScorer, live: Sequence[Sample]) -> Fixed:
-    """Score what the options need and nothing else."""
+def score_fixed(scorer: FixedScorer, live: Sequence[Sample], known: list[BaseScore] | None = None) -> Fixed:
+    """Score what the options need and nothing else; `known`: the base's, scored ahead."""
     options = scorer.options
     start = scorer.start(live) if options.needs_start else None
     weights = None if start is None else token_weights(live, start, options)
-    return Fixed(scorer.base(live) if options.needs_base else None, start, weights)
+    if not options.needs_base:
+        return Fixed(None, start, weights)
+    return Fixed(scorer.base(live) if known is None else known, start, weights)
 
 
 def token_weights(live: Sequence[Sample], start: Sequence[StartScore], options: Options) -> list[Tensor]:

@@ -27,7 +27,8 @@ Change = Callable[[Sequence[str], Sequence[str]], float]
 """change(told, instead): how differently the teacher goes on with the answers that it writes when told `told`, if it is
 told `instead`; nats (sdpo_core.hearing)."""
 
-Why = Literal["repeated", "contradicted", "changes_nothing", "over_the_bound"]
+Why = Literal["repeated", "contradicted", "changes_nothing", "adds_nothing", "over_the_bound"]
+"""`adds_nothing`: one of `repeated` and `changes_nothing`, and nobody asked which."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +65,17 @@ def merge(
     return kept[::-1]
 
 
-def select(standing: Sequence[str], new: Sequence[str], change: Change, *, eps: float = DEFAULT_EPS) -> Standing:
+def select(
+    standing: Sequence[str], new: Sequence[str], change: Change, *, eps: float = DEFAULT_EPS, tell_why: bool = True
+) -> Standing:
     """Which remarks stand after a batch whose own remarks are `new`, in order.
 
     Each new remark in turn: if the teacher, told the standing ones, does not change its answers for it, it is praise or
     a repeat and goes. If it does, older remarks that it contradicts go: those that are not heard before it but would be
     after it. What merely happens to be fulfilled without being said stays, and so does what these prompts are not
     about: for those the order does not matter. A remark that asks for what the bare model does anyway contradicts, and
-    then goes as well. An exact repeat counts at its newest place.
+    then goes as well. An exact repeat counts at its newest place. Without `tell_why` praise and repeats are both called
+    `adds_nothing`, which saves one question about each of them.
     """
     judge = _Judge(change, eps)
     fresh = usable_remarks(new)
@@ -79,7 +83,7 @@ def select(standing: Sequence[str], new: Sequence[str], change: Change, *, eps: 
     dropped: list[tuple[str, Why]] = []
     for remark in fresh:
         if not judge.differs(stand, [*stand, remark]):
-            dropped.append((remark, "changes_nothing" if judge.silent(remark) else "repeated"))
+            dropped.append((remark, judge.idle(remark) if tell_why else "adds_nothing"))
             continue
         lost = judge.contradicted(remark, stand)
         dropped += [(older, "contradicted") for older in lost]
@@ -106,6 +110,10 @@ class _Judge:
     def silent(self, remark: str) -> bool:
         """Told alone, it changes nothing on these prompts."""
         return not self.differs([], [remark])
+
+    def idle(self, remark: str) -> Why:
+        """Why a remark that adds nothing to what stands does not."""
+        return "changes_nothing" if self.silent(remark) else "repeated"
 
     def contradicted(self, newest: str, stand: Sequence[str]) -> list[str]:
         """Those of `stand` that are not heard before `newest` but would be after it: where order decides, wishes
@@ -152,6 +160,7 @@ def update_standing(
     max_tokens: int = 1024,
     max_probes: int = 8,
     max_new_tokens: int = 128,
+    tell_why: bool = True,
 ) -> Standing:
     """The remarks that stand after a batch whose own remarks are `new` and whose rollouts are `probes`.
 
@@ -159,6 +168,7 @@ def update_standing(
     `max_new_tokens`. A probe that with all remarks and such an answer is beyond the model's window is passed over.
     Without probes nothing can be judged: the merged list stands. The bounds hold for the batch's own remarks, before
     they are judged, and for what stands in the end: many wordings of one wish do not push out the others.
+    `tell_why` as in `select`.
     Raises SampleError for remarks and conversations that are no text, OptionError for less than one probe.
     """
     if max_probes < 1:
@@ -174,7 +184,9 @@ def update_standing(
     older = bounded([r for r in standing if r not in new], [])
     hearing = Hearing(policy, tokenizer, [p.messages for p in probes if p.response_ids], max_new_tokens)
     hearing = hearing.within(max_probes, [*older, *own])
-    chosen = select(older, own, hearing.change, eps=eps) if hearing.chats else Standing((*older, *own))
+    chosen = (
+        select(older, own, hearing.change, eps=eps, tell_why=tell_why) if hearing.chats else Standing((*older, *own))
+    )
     kept = bounded(chosen.remarks, [])
     judged = {remark for remark, _ in chosen.dropped}
     lost = [r for r in usable_remarks([*standing, *new]) if r not in kept and r not in judged]

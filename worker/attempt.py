@@ -12,7 +12,7 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from enum import Enum
 from functools import partial
 from typing import TypeVar
@@ -21,7 +21,14 @@ from api_schemas.jobs import JobError, JobProgress, StepMetrics
 from api_schemas.preview import ResultRequest
 from api_schemas.worker import CommitRequest, FailRequest, Heartbeat, Lease
 from worker import transfer
-from worker.errors import LeaseLostError, RefusedError, ServiceUnavailableError, TrainerDiedError, VersionRejectedError
+from worker.errors import (
+    LeaseLostError,
+    RefusedError,
+    ServiceUnavailableError,
+    TrainerDiedError,
+    TrainerTakenError,
+    VersionRejectedError,
+)
 from worker.messages import Done, Failed, Outcome, Previewed, Progress, Step, Stopped
 from worker.service_client import ServiceClient
 from worker.settings import WorkerSettings
@@ -64,8 +71,14 @@ class Attempt:
         trainer: TrainerProcess,
         stopping: asyncio.Event,
         settings: WorkerSettings,
+        fetching: asyncio.Lock | None = None,
+        beside: Sequence[Lease] = (),
     ) -> None:
+        """`beside`: the other leases that are held; `fetching` is held while files are fetched, so that none sweeps
+        away what another fetches."""
         self._lease = lease
+        self._fetching = fetching or asyncio.Lock()
+        self._beside = beside
         self._client = client
         self._trainer = trainer
         self._stopping = stopping
@@ -116,14 +129,23 @@ class Attempt:
             return failed
         try:
             return await self._trainer.train(self._lease, self._hear)
+        except TrainerTakenError:
+            return await self._taken()
         except TrainerDiedError as error:
             return Failed(run_id=self._lease.run_id, code="trainer_died", message=str(error), retryable=True)
+
+    async def _taken(self) -> Stopped:
+        """Another run's end took the process along: the job goes back to the queue, and no attempt is counted."""
+        self._discard()
+        await self._until_answered(lambda: self._client.release(self._lease.run_id, self._lease.token))
+        return Stopped(run_id=self._lease.run_id)
 
     async def _fetch_parent(self) -> Failed | None:
         lease, root = self._lease, self._settings.adapters_root
         try:
-            await asyncio.to_thread(transfer.begin, root, lease, self._settings.cache_bytes)
-            await self._until_answered(partial(transfer.fetch_parent, self._client, lease, root, self._alive))
+            async with self._fetching:
+                await asyncio.to_thread(transfer.begin, root, lease, self._settings.cache_bytes, self._beside)
+                await self._until_answered(partial(transfer.fetch_parent, self._client, lease, root, self._alive))
         except RefusedError as error:
             message = f"the parent's files are not to be had: {error}"
             return Failed(run_id=lease.run_id, code="parent_corrupt", message=message, retryable=False)
@@ -246,11 +268,13 @@ class Attempt:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._news.wait(), interval - shortest)
 
-    def _hear(self, event: Progress | Step) -> None:
+    def _hear(self, event: Progress | Step | Outcome) -> None:
         self._alive()
+        if event.run_id != self._lease.run_id:
+            return
         if isinstance(event, Step):
             self._metrics.append(event.metrics)
-        else:
+        elif isinstance(event, Progress):
             self._progress = JobProgress(phase=event.phase, step=event.step, steps=event.steps)
         self._news.set()
 
@@ -259,8 +283,8 @@ class Attempt:
 
     async def _abandon(self, end: LeaseEnd) -> None:
         log.info("run %s: %s, giving up", self._lease.run_id, end.value)
-        if end is LeaseEnd.CANCELLED:
-            await self._trainer.stop(self._settings.stop_grace_seconds)
+        if end is LeaseEnd.CANCELLED or (self._beside and end is not LeaseEnd.STALLED):
+            await self._trainer.stop(self._lease.run_id, self._settings.stop_grace_seconds)
         else:
             await self._trainer.kill()
         self._discard()
@@ -269,7 +293,7 @@ class Attempt:
 
     async def _release(self) -> None:
         """Shutdown: the job goes back to the queue at once instead of waiting for the lease to run out."""
-        await self._trainer.stop(self._settings.stop_grace_seconds)
+        await self._trainer.stop(self._lease.run_id, self._settings.stop_grace_seconds)
         self._discard()
         await self._parting(self._client.release(self._lease.run_id, self._lease.token))
 

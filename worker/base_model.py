@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
+from sdpo_core.bare import BarePolicy
 from sdpo_core.fast.decoder import obstacle_in
+from sdpo_core.fast.prefixes import reads_on
 from worker.memory import ModelShape, Quantise, read_shape
 from worker.settings import Device, Dtype
+from worker.warm import WarmVersions
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,10 @@ class BaseModel:
     """Most tokens of one micro-batch."""
     shape: ModelShape | None = None
     """For plans by the memory that is free; None where the model is of an unknown form."""
+    canaries: dict[str, tuple[int, ...]] = field(default_factory=dict, compare=False)
+    """Canary prompts with the base's continuation (worker.canary): the same for every job."""
+    warm: WarmVersions = field(default_factory=WarmVersions, compare=False)
+    """What was trained on it of late; none unless told how much may be kept."""
 
     @cached_property
     def fast_obstacle(self) -> str:
@@ -38,6 +45,16 @@ class BaseModel:
         if not isinstance(self.module, PreTrainedModel):
             return "no model of Transformers"
         return obstacle_in(self.module)
+
+    def bare(self) -> BarePolicy:
+        """The model as a policy without an adapter. Raises TypeError where it is no model of Transformers."""
+        if not isinstance(self.module, PreTrainedModel):
+            raise TypeError(f"the base model is a {type(self.module).__name__}, no model of Transformers")
+        return BarePolicy(self.module, self.fast_obstacle, self._reads_on)
+
+    @cached_property
+    def _reads_on(self) -> bool:
+        return isinstance(self.module, PreTrainedModel) and not self.fast_obstacle and reads_on(self.module)
 
     @property
     def device(self) -> torch.device:

@@ -23,14 +23,18 @@ CONTINUATION = 8
 def canary_ids(base: BaseModel, prompt: str | None) -> list[int]:
     """The prompt in the model's chat template and what the base says next, greedily. Call with no adapter attached.
 
-    Empty when there is no prompt, or it does not fit into the model's window.
+    Empty when there is no prompt, or it does not fit into the model's window. Remembered: the base is frozen.
     """
+    if prompt and prompt in base.canaries:
+        return list(base.canaries[prompt])
     ids = chat_ids(base.tokenizer, [{"role": "user", "content": prompt}]) if prompt else []
     if not ids or len(ids) + CONTINUATION > base.window:
         return []
     for _ in range(CONTINUATION):
         output: Any = base.module(input_ids=torch.tensor([ids], device=base.device), use_cache=False, logits_to_keep=1)
         ids.append(int(output.logits[0, -1].argmax()))
+    assert prompt  # noqa: S101 - there are ids
+    base.canaries[prompt] = tuple(ids)
     return ids
 
 

@@ -16,14 +16,16 @@ import socket
 import sys
 import threading
 import traceback
+import weakref
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from worker.errors import StoppedError, TrainingFailedError
-from worker.messages import Failed, Outcome, Progress, Ready, Step, Stop, Stopped, Train, frame, read_command
+from worker.messages import Failed, Outcome, Progress, Ready, Step, Stopped, Train, frame, read_command
 
 if TYPE_CHECKING:
+    from worker.ahead import Ahead
     from worker.base_model import BaseModel
 
 log = logging.getLogger(__name__)
@@ -48,14 +50,14 @@ def die_with(parent_pid: int) -> None:
 
 def listen(stream: BinaryIO, tasks: queue.SimpleQueue[Task]) -> None:
     """Take commands until the supervisor is gone, then end the whole process, training or not."""
-    current: Task | None = None
+    held: weakref.WeakValueDictionary[str, Task] = weakref.WeakValueDictionary()
     try:
         while (command := read_command(stream)) is not None:
             if isinstance(command, Train):
-                current = Task(command)
-                tasks.put(current)
-            elif current is not None and isinstance(command, Stop) and command.run_id == current.train.lease.run_id:
-                current.stop.set()
+                task = held[command.lease.run_id] = Task(command)
+                tasks.put(task)
+            elif (wanted := held.get(command.run_id)) is not None:
+                wanted.stop.set()
     except (EOFError, OSError, ValueError) as error:
         log.error("the supervisor's commands cannot be read: %s", type(error).__name__)
     os._exit(0)
@@ -71,15 +73,20 @@ class Channel:
         self._socket.sendall(frame(event))
 
 
-def run_task(task: Task, base: BaseModel, root: Path, channel: Channel) -> Outcome:
-    """One lease to its outcome. Unforeseen errors are reported by type alone: their text may quote what users wrote."""
+def run_task(task: Task, base: BaseModel, root: Path, channel: Channel, ahead: Ahead | None = None) -> Outcome:
+    """One lease to its outcome; `ahead`: what was computed for it together with others.
+
+    Unforeseen errors are reported by type alone: their text may quote what users wrote.
+    """
     from worker.job import run_job, run_preview
 
     lease = task.train.lease
+    if task.stop.is_set():  # while others were worked on
+        return Stopped(run_id=lease.run_id)
     try:
         if lease.kind == "preview":
             return run_preview(lease, base, root, report=channel.send)
-        return run_job(lease, base, root, report=channel.send, should_stop=task.stop.is_set)
+        return run_job(lease, base, root, report=channel.send, should_stop=task.stop.is_set, ahead=ahead)
     except StoppedError:
         return Stopped(run_id=lease.run_id)
     except TrainingFailedError as error:
@@ -107,18 +114,25 @@ def serve(arguments: argparse.Namespace, channel_socket: socket.socket) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from worker.base_model import load_base
+    from worker.together import gathered, shared_ahead
+    from worker.warm import WarmVersions
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
     disable_progress_bar()
     base = load_base(arguments.model, arguments.base_model, arguments.device, arguments.dtype, arguments.quantise)
-    base = replace(base, batch_tokens=arguments.batch_tokens)
+    base = replace(base, batch_tokens=arguments.batch_tokens, warm=WarmVersions(arguments.warm_bytes))
     channel = Channel(channel_socket)
     parameters = sum(p.numel() for p in base.module.parameters())
     channel.send(Ready(parameters=parameters, device=str(base.device)))
     while True:
-        channel.send(run_task(tasks.get(), base, arguments.adapters_root, channel))
+        together = gathered(tasks, arguments.leases_at_once)
+        ahead = shared_ahead(together, base, channel.send)
+        while together:
+            task = together.pop(0)
+            known = ahead.pop(task.train.lease.run_id, None)
+            channel.send(run_task(task, base, arguments.adapters_root, channel, known))
 
 
 def main() -> None:
@@ -132,6 +146,8 @@ def main() -> None:
     flags.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], required=True)
     flags.add_argument("--quantise", choices=["none", "4bit"], default="none")
     flags.add_argument("--batch-tokens", type=int, default=8192)
+    flags.add_argument("--warm-bytes", type=int, default=0)
+    flags.add_argument("--leases-at-once", type=int, default=1)
     flags.add_argument("--threads", type=int)
     arguments = flags.parse_args()
     die_with(arguments.parent_pid)

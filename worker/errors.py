@@ -35,6 +35,10 @@ class TrainerDiedError(WorkerError):
     """The training process ended without an answer; the message names its signal or exit status."""
 
 
+class TrainerTakenError(TrainerDiedError):
+    """The worker ended the training process for another run's sake: this one is not to blame."""
+
+
 class TrainerUnavailableError(WorkerError):
     """The training process could not load the base model: no lease may be taken."""
 

@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,9 +30,10 @@ from sdpo_core.lora import LoraPolicy, LoraSpec, attached, save_lora
 from sdpo_core.optimizer import load_optimizer, make_optimizer, save_optimizer
 from sdpo_core.options import Options
 from sdpo_core.report import BatchResult, StepMetrics
-from sdpo_core.rollouts import learnt_from
 from sdpo_core.samples import Sample
+from sdpo_core.saved import SavedLora
 from sdpo_core.standing import update_standing
+from worker.ahead import Ahead, Draft, ahead_of
 from worker.base_model import BaseModel
 from worker.behaviour import behaviour_of
 from worker.canary import canary_ids, record, score
@@ -44,7 +45,8 @@ from worker.messages import Done, Previewed, Progress, Step
 from worker.parent import base_mismatch, verified_parent
 from worker.plan import planned
 from worker.preview import preview_of
-from worker.versions import clear_leftovers, create_staging, directory_of, publish, staging_of
+from worker.versions import clear_leftovers, create_staging, directory_of, publish, staging_of, version_digest
+from worker.warm import WarmVersion, warm_version
 
 log = logging.getLogger(__name__)
 Report = Callable[[Progress | Step], None]
@@ -58,33 +60,47 @@ class _Prepared:
 
     lease: Lease
     options: Options
-    parent: Path | None
+    parent: Path | WarmVersion | None
     samples: list[Sample]
     """One per item."""
 
+    @property
+    def trainer_state(self) -> Path | None:
+        """Where the parent's optimizer state lies, if it has one on disk."""
+        if not isinstance(self.parent, Path) or not (self.parent / "trainer").is_dir():
+            return None
+        return self.parent / "trainer"
 
-def run_job(lease: Lease, base: BaseModel, root: Path, *, report: Report, should_stop: Callable[[], bool]) -> Done:
-    """Train the lease's batch on its parent and put the version under its final name.
+
+def run_job(
+    lease: Lease, base: BaseModel, root: Path, *, report: Report, should_stop: Callable[[], bool],
+    ahead: Ahead | None = None,
+) -> Done:  # fmt: skip
+    """Train the lease's batch on its parent and put the version under its final name. `ahead`: what was computed for
+    this lease before, together with others.
 
     Raises TrainingFailedError with a code for the service, and StoppedError when `should_stop` says so between steps.
     The base model comes back bit-identical either way.
     """
     with _named_failures():
         job = _prepare(lease, base, root)
-        source = job.parent / "adapter" if job.parent else _fresh_lora(lease, base)
+        source = _source(job, base)
         canary = canary_ids(base, lease.canary_prompt)
         torch.manual_seed(lease.seed)
-        with attached(base.module, source) as policy:
+        known = ahead or ahead_of([Draft(lease, job.samples, job.options)], base, report, should_stop)[0]
+        standing = _standing(job, base)
+        with attached(base.module, source, base.fast_obstacle) as policy:
             before = score(policy, canary)
             optimizer, ema = _optimizer(policy, job), _moving_average(policy, job)
             started = time.monotonic()
-            batch = _batch(policy, job, base, report, should_stop)
-            result = _train(policy, optimizer, ema, batch, report, should_stop)
-            seconds = time.monotonic() - started
+            result = _train(policy, optimizer, ema, job, known, report, should_stop)
+            seconds = time.monotonic() - started + known.seconds
             report(Progress(run_id=lease.run_id, phase="writing", step=len(result.steps), steps=job.options.steps))
             after = score(policy, canary)
-            standing = _standing(policy, job, base)
             files = _write(policy, optimizer, ema, job, root, len(standing))
+            if base.warm.most_bytes:
+                kept = warm_version(policy, lease.base_model, optimizer, ema)
+                base.warm.keep(root, f"{lease.adapter_id}/{lease.run_id}", version_digest(files), kept)
     return Done(
         run_id=lease.run_id,
         uri=f"{lease.adapter_id}/{lease.run_id}",
@@ -104,7 +120,7 @@ def run_preview(lease: Lease, base: BaseModel, root: Path, *, report: Report) ->
     with _named_failures():
         job = _prepare(lease, base, root)
         report(Progress(run_id=lease.run_id, phase="scoring"))
-        source = job.parent / "adapter" if job.parent else _fresh_lora(lease, base)
+        source = _source(job, base)
         untold = untold_prompts(lease, base, job.samples)
         options = job.options.replace(micro_batch_tokens=min(job.options.micro_batch_tokens, PREVIEW_BATCH_TOKENS))
         with attached(base.module, source) as policy:
@@ -125,9 +141,16 @@ def _prepare(lease: Lease, base: BaseModel, root: Path) -> _Prepared:
     return _Prepared(
         lease=lease,
         options=planned(options_of(lease.training), base, samples, lease.lora.rank),
-        parent=verified_parent(root, lease),
+        parent=base.warm.find(root, lease.parent) or verified_parent(root, lease),
         samples=samples,
     )
+
+
+def _source(job: _Prepared, base: BaseModel) -> LoraSpec | Path | SavedLora:
+    """What the job starts from."""
+    if job.parent is None:
+        return _fresh_lora(job.lease, base)
+    return job.parent.lora if isinstance(job.parent, WarmVersion) else job.parent / "adapter"
 
 
 def _fresh_lora(lease: Lease, base: BaseModel) -> LoraSpec:
@@ -140,42 +163,19 @@ def _fresh_lora(lease: Lease, base: BaseModel) -> LoraSpec:
 
 def _optimizer(policy: LoraPolicy, job: _Prepared) -> AdamW:
     """Moments come from the parent, every hyperparameter from the lease. An uploaded parent has no moments."""
-    if job.parent is None or not (job.parent / "trainer").is_dir():
-        return make_optimizer(policy, job.options)
-    return load_optimizer(policy, job.options, job.parent / "trainer")
+    saved = job.parent.moments if isinstance(job.parent, WarmVersion) else job.trainer_state
+    return make_optimizer(policy, job.options) if saved is None else load_optimizer(policy, job.options, saved)
 
 
 def _moving_average(policy: LoraPolicy, job: _Prepared) -> EmaTeacher | None:
     """The state of teacher `ema`: the parent's, or a start at the parent's own weights where it has none."""
     if job.options.teacher != "ema":
         return None
-    if job.parent is None or not has_ema(job.parent / "trainer"):
+    if isinstance(job.parent, WarmVersion):
+        return make_ema(policy) if job.parent.ema is None else job.parent.ema.on(policy.device)
+    if job.trainer_state is None or not has_ema(job.trainer_state):
         return make_ema(policy)
-    return load_ema(policy, job.parent / "trainer")
-
-
-def _batch(
-    policy: LoraPolicy, job: _Prepared, base: BaseModel, report: Report, should_stop: Callable[[], bool]
-) -> _Prepared:
-    """The job with what is learnt from in place of the items' own answers, entry i for item i; planned anew, for
-    answers that the teacher wrote may be more and longer. A stop is left to the training loop, which asks first."""
-    lease = job.lease
-    if lease.training.rollouts == "own":
-        return job
-
-    def told(_: int = 0) -> None:
-        report(Progress(run_id=lease.run_id, phase="answering", steps=job.options.steps))
-
-    told()
-    learnt = learnt_from(
-        policy,
-        job.samples,
-        lease.training.rollouts,
-        batch_tokens=job.options.micro_batch_tokens,
-        should_stop=should_stop,
-        on_written=told,
-    )
-    return replace(job, samples=learnt, options=planned(job.options, base, learnt, lease.lora.rank))
+    return load_ema(policy, job.trainer_state)
 
 
 def _train(
@@ -183,6 +183,7 @@ def _train(
     optimizer: AdamW,
     ema: EmaTeacher | None,
     job: _Prepared,
+    known: Ahead,
     report: Report,
     should_stop: Callable[[], bool],
 ) -> BatchResult:
@@ -192,8 +193,10 @@ def _train(
         report(Step(run_id=run_id, metrics=wire_metrics(step)))
         report(Progress(run_id=run_id, phase="training", step=step.step, steps=steps))
 
-    report(Progress(run_id=run_id, phase="scoring", steps=steps))
-    result = train_batch(policy, optimizer, job.samples, job.options, ema=ema, on_step=on_step, should_stop=should_stop)
+    result = train_batch(
+        policy, optimizer, known.learnt, known.options,
+        ema=ema, targets=known.targets, anchors=known.anchors, on_step=on_step, should_stop=should_stop,
+    )  # fmt: skip
     if result.stop_reason == "cancelled":
         raise StoppedError
     if result.skipped_non_finite and result.skipped_non_finite == len(result.steps):
@@ -206,12 +209,14 @@ def _train(
     return result
 
 
-def _standing(policy: LoraPolicy, job: _Prepared, base: BaseModel) -> list[str]:
+def _standing(job: _Prepared, base: BaseModel) -> list[str]:
     """What the next batch's teacher is told besides its own remarks. Remarks on one answer alone never join."""
     lease = job.lease
     new = [item.feedback for item in lease.items if item.standing]
     probes = probes_of(lease, job.samples)
-    return list(update_standing(policy, base.tokenizer, lease.standing_feedback, new, probes).remarks)
+    return list(
+        update_standing(base.bare(), base.tokenizer, lease.standing_feedback, new, probes, tell_why=False).remarks
+    )
 
 
 def _write(

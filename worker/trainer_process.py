@@ -17,20 +17,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from api_schemas.worker import Lease
-from worker.errors import TrainerDiedError, TrainerUnavailableError
+from worker.errors import TrainerDiedError, TrainerTakenError, TrainerUnavailableError
 from worker.messages import Failed, Outcome, Progress, Ready, Step, Stop, Train, frame, read_event
 from worker.settings import WorkerSettings
 
 log = logging.getLogger(__name__)
-Listener = Callable[[Progress | Step], None]
+Listener = Callable[[Progress | Step | Outcome], None]
+OWN_TURN = ("training", "writing")
+"""Phases in which the process works on one run alone."""
 SECRETS = ("PERENNIAL_WORKER_TOKEN", "PERENNIAL_WORKER_TOKEN_FILE")
-
-
-@dataclass
-class _Run:
-    run_id: str
-    listener: Listener
-    outcome: asyncio.Future[Outcome]
 
 
 @dataclass
@@ -41,15 +36,29 @@ class _Running:
     listening: asyncio.Task[None] = field(init=False)
     unwanted: bool = False
     """We end it ourselves: that it dies says nothing about the machine."""
+    blamed: str | None = None
+    """The run for whose sake we do."""
+
+
+@dataclass
+class _Run:
+    run_id: str
+    listener: Listener
+    child: _Running
+    outcome: asyncio.Future[Outcome]
 
 
 class TrainerProcess:
-    """At most one training process, started when first needed and again after it has died."""
+    """At most one training process, started when first needed and again after it has died. It may hold several leases:
+    it works on one after the other, and what it says of one is a sign of life to all."""
 
     def __init__(self, settings: WorkerSettings) -> None:
         self._settings = settings
         self._child: _Running | None = None
-        self._run: _Run | None = None
+        self._runs: dict[str, _Run] = {}
+        self._in_training: str | None = None
+        """The run whose own turn it is, as far as the process has said so."""
+        self._starting = asyncio.Lock()
 
     @property
     def pid(self) -> int | None:
@@ -57,53 +66,64 @@ class TrainerProcess:
 
     async def ready(self) -> Ready:
         """Start the process if there is none and wait for its model. Raises TrainerUnavailableError."""
-        if self._child is None or self._child.listening.done():
-            await self.kill()
-            self._child = await self._start()
+        async with self._starting:
+            if self._child is None or self._child.listening.done():
+                await self.kill()
+                self._child = await self._start()
+            child = self._child
         try:
-            return await asyncio.shield(self._child.ready)
+            return await asyncio.shield(child.ready)
         except TrainerDiedError as error:
             raise TrainerUnavailableError(f"the base model could not be loaded: {error}") from error
 
     async def train(self, lease: Lease, listener: Listener) -> Outcome:
-        """Work on one lease; `listener` hears progress. Raises TrainerDiedError. One lease at a time."""
+        """Work on one lease; `listener` hears progress, that of other leases too. Raises TrainerDiedError, and as its
+        kind TrainerTakenError when the process was ended for another lease's sake."""
         await self.ready()
-        assert self._run is None  # noqa: S101 - one caller, one lease at a time
-        run = self._run = _Run(lease.run_id, listener, asyncio.get_running_loop().create_future())
+        if (child := self._child) is None:
+            raise TrainerTakenError("the training process was ended in that moment")
+        run = _Run(lease.run_id, listener, child, asyncio.get_running_loop().create_future())
+        assert run.run_id not in self._runs  # noqa: S101 - a run is leased once
+        self._runs[run.run_id] = run
         try:
-            await self._send(Train(lease=lease))
+            await self._send(child, Train(lease=lease))
             outcome = await asyncio.shield(run.outcome)
         finally:
             if run.outcome.done():
-                self._run = None
+                self._runs.pop(lease.run_id, None)
         if isinstance(outcome, Failed) and outcome.poisoned:
-            await self.kill()
+            await self.kill(lease.run_id)
         return outcome
 
-    async def stop(self, grace_seconds: float) -> None:
-        """Ask for a stop between two steps; kill what has not stopped within the grace."""
-        if self._run is None:
+    async def stop(self, run_id: str, grace_seconds: float) -> None:
+        """Ask for a stop between two steps. What has not stopped within the grace is killed, unless the process is
+        busy with another run: then this one has not begun, and will not."""
+        if (run := self._runs.get(run_id)) is None:
             return
-        await self._send(Stop(run_id=self._run.run_id))
-        done, _ = await asyncio.wait({self._run.outcome}, timeout=grace_seconds)
-        if not done:
-            await self.kill()
-        self._forget_run()
+        await self._send(run.child, Stop(run_id=run_id))
+        done, _ = await asyncio.wait({run.outcome}, timeout=grace_seconds)
+        if not done and (self._in_training == run_id or len(self._runs) == 1):
+            await self.kill(run_id)
+        self._forget(run_id)
 
-    async def kill(self) -> None:
-        """End the process now and wait until it is gone."""
+    async def kill(self, run_id: str | None = None) -> None:
+        """End the process now and wait until it is gone; `run_id`: for this run's sake, the others' work is taken
+        from them."""
         child, self._child = self._child, None
         if child is not None:
             if child.process.returncode is None:
                 child.unwanted = True
+                child.blamed = run_id
                 child.process.kill()
             await child.listening
-        self._forget_run()
+        for held in list(self._runs.values()):
+            if held.child is child:
+                self._forget(held.run_id)
 
-    def _forget_run(self) -> None:
-        if self._run is not None and self._run.outcome.done() and not self._run.outcome.cancelled():
-            self._run.outcome.exception()  # looked at: asyncio need not report it
-        self._run = None
+    def _forget(self, run_id: str) -> None:
+        run = self._runs.pop(run_id, None)
+        if run is not None and run.outcome.done() and not run.outcome.cancelled():
+            run.outcome.exception()  # looked at: asyncio need not report it
 
     async def _start(self) -> _Running:
         ours, theirs = socket.socketpair()
@@ -135,14 +155,15 @@ class TrainerProcess:
             "--dtype": s.dtype,
             "--quantise": s.quantise,
             "--batch-tokens": s.batch_tokens,
+            "--warm-bytes": s.warm_bytes,
+            "--leases-at-once": s.leases_at_once,
         } | ({"--threads": s.threads} if s.threads else {})
         return [sys.executable, "-m", "worker.child", *(str(word) for pair in flags.items() for word in pair)]
 
-    async def _send(self, message: Train | Stop) -> None:
-        assert self._child is not None  # noqa: S101 - callers hold a run
+    async def _send(self, child: _Running, message: Train | Stop) -> None:
         try:
-            self._child.writer.write(frame(message))
-            await self._child.writer.drain()
+            child.writer.write(frame(message))
+            await child.writer.drain()
         except ConnectionError:
             pass  # it died: `_listen` says so where somebody waits
 
@@ -164,17 +185,23 @@ class TrainerProcess:
         if not ready.done():
             ready.set_exception(died)
             ready.exception()  # looked at: nobody may be waiting
-        if self._run is not None and not self._run.outcome.done():
-            self._run.outcome.set_exception(died)
+        self._in_training = None
+        for run in self._runs.values():
+            if run.child is child and not run.outcome.done():
+                taken = child.blamed is not None and child.blamed != run.run_id
+                run.outcome.set_exception(TrainerTakenError(str(died)) if taken else died)
 
     def _deliver(self, event: Progress | Step | Outcome) -> None:
-        run = self._run
-        if run is None or run.run_id != event.run_id or run.outcome.done():
-            return  # the last words of a run that was given up
-        if isinstance(event, Progress | Step):
-            run.listener(event)
-        else:
-            run.outcome.set_result(event)
+        """The last words of a run that was given up are a sign of life as well."""
+        begun = isinstance(event, Step) or (isinstance(event, Progress) and event.phase in OWN_TURN)
+        self._in_training = event.run_id if begun else None
+        for run in list(self._runs.values()):
+            if run.outcome.done():
+                continue
+            if run.run_id != event.run_id or isinstance(event, Progress | Step):
+                run.listener(event)
+            else:
+                run.outcome.set_result(event)
 
 
 def _environment(environment: Mapping[str, str]) -> dict[str, str]:

@@ -10,7 +10,7 @@ import asyncio
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from api_schemas.worker import FileEntry, Lease
@@ -66,12 +66,16 @@ async def send(client: ServiceClient, lease: Lease, entry: FileEntry, root: Path
     await client.send_file(lease, entry, directory / entry.name, alive)
 
 
-def begin(root: Path, lease: Lease, most_bytes: int) -> None:
+def begin(root: Path, lease: Lease, most_bytes: int, beside: Sequence[Lease] = ()) -> None:
     """Mark what this run will write, and make room: of what was here before, the longest unused goes first until the
-    rest fits. The parent stays. Raises OSError, and ValueError for ids that name no place."""
-    kept = {f"{lease.adapter_id}/{lease.run_id}"} | ({lease.parent.uri} if lease.parent else set())
+    rest fits. The parent stays, and so does what the leases `beside` it need.
+
+    Raises OSError, and ValueError for ids that name no place. One at a time: a fetch that is under way is swept.
+    """
+    kept = _needed(lease)
     for uri in kept:
         _mark(directory_of(root, uri))
+    kept = kept.union(*map(_needed, beside))
     for left in root.glob("*/.fetch-*"):  # of a process that was killed: one at a time works here
         if _FETCHING.fullmatch(left.name):
             shutil.rmtree(left, ignore_errors=True)
@@ -82,6 +86,11 @@ def begin(root: Path, lease: Lease, most_bytes: int) -> None:
         if used > most_bytes and f"{directory.parent.name}/{directory.name}" not in kept:
             shutil.rmtree(directory, ignore_errors=True)
             marker.unlink(missing_ok=True)
+
+
+def _needed(lease: Lease) -> set[str]:
+    """Where it writes, and where its parent lies."""
+    return {f"{lease.adapter_id}/{lease.run_id}"} | ({lease.parent.uri} if lease.parent else set())
 
 
 def _mark(directory: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
-from sdpo_core import LoraSpec, Probe, attached, chat_ids, teacher_messages, update_standing
+from sdpo_core import BarePolicy, LoraSpec, Probe, attached, chat_ids, teacher_messages, update_standing
 from sdpo_core.hearing import Hearing
 from sdpo_core.samples import token_batch
 from sdpo_core.standing import Standing, merge, select
@@ -40,6 +40,23 @@ def test_paraphrases_leave_one_remark() -> None:
     batch = ["end=hope#1", "end=hope#2", "end=hope#3", "end=hope#1"] * 2
     assert len(select([], batch, Obedient()).remarks) == 1
     assert select(["end=hope#4"], batch, Obedient()).remarks == ("end=hope#4",)
+
+
+def test_whether_it_is_praise_or_a_repeat_is_asked_only_if_somebody_wants_to_know() -> None:
+    asked: list[tuple[str, ...]] = []
+
+    def counted(told: Sequence[str], instead: Sequence[str]) -> float:
+        asked.append(tuple(instead))
+        return Obedient()(told, instead)
+
+    batch = ["end=hope#1", "end=hope#2", "lovely"]
+    told = select([], batch, counted)
+    questions = len(asked)
+    quiet = select([], batch, counted, tell_why=False)
+    assert quiet.remarks == told.remarks == ("end=hope#1",)
+    assert dict(told.dropped) == {"end=hope#2": "repeated", "lovely": "changes_nothing"}
+    assert dict(quiet.dropped) == {"end=hope#2": "adds_nothing", "lovely": "adds_nothing"}
+    assert len(asked) - questions == questions - 2
 
 
 def test_an_earlier_preference_stands_beside_a_new_one() -> None:
@@ -166,6 +183,12 @@ def test_change_is_the_frozen_teachers_on_answers_of_its_own(
             assert hearing.change(["one"], ["one"]) == 0.0
         batch = token_batch([[1]], [[2]], policy.device)
         assert not torch.equal(policy.logits(batch, adapter=True), policy.logits(batch, adapter=False))
+    further = expected_change(chat_base, tokenizer, ["one"], ["one", "two"], 6)
+    for budget in (10_000, 1):  # with what was read before in front, and without
+        hearing = Hearing(BarePolicy(chat_base), tokenizer, CHATS, max_new_tokens=6, micro_batch_tokens=budget)
+        assert hearing.change(["one"], ["two", "one"]) == pytest.approx(want, rel=1e-3)
+        assert hearing.change(["one"], ["one", "two"]) == pytest.approx(further, rel=1e-3)
+        assert hearing.change(["one"], ["one"]) == 0.0
 
 
 def test_without_answers_to_judge_by_the_merged_list_stands(

@@ -116,3 +116,14 @@ def test_the_longest_unused_goes_and_what_is_needed_or_foreign_stays(lease: Leas
     transfer.begin(tmp_path, lease, 250)
     left = {p.name for p in (tmp_path / "adp_1").iterdir()}
     assert left == {"run_0", "newer", "foreign", ".own-run_0", ".own-newer", f".own-{lease.run_id}"}
+
+
+def test_what_leases_beside_it_need_is_not_swept_away(make_lease: Any, tmp_path: Path) -> None:
+    parent = {"version": 1, "uri": "adp_2/run_0", "digest": "sha256:0"}
+    beside = make_lease("adp_2", run_id="run_9", parent=parent)
+    for name in ("run_0", "run_9", "old"):
+        (tmp_path / "adp_2" / name).mkdir(parents=True)
+        (tmp_path / "adp_2" / name / "weights").write_bytes(b"x" * 100)
+        (tmp_path / "adp_2" / f".own-{name}").touch()
+    transfer.begin(tmp_path, make_lease("adp_1"), 0, [beside])
+    assert {p.name for p in (tmp_path / "adp_2").iterdir() if p.is_dir()} == {"run_0", "run_9"}
