@@ -1,0 +1,65 @@
+"""Statements that run all the time: compiled once for each dialect, and one statement for any number of rows.
+
+SQLAlchemy takes 0.1 ms of computing for a statement that the driver runs in 0.02. And a driver gives the interpreter's
+lock away for each row that it writes: on a busy event loop it waits milliseconds to have it back. So the rows of a
+statement travel as one JSON text, which the database takes apart; its own text never changes, so it stays prepared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import orjson
+from sqlalchemy import JSON, Column, FromClause, Text, bindparam, cast, column, func, literal_column, select
+from sqlalchemy.engine import Connection, Dialect, Row
+from sqlalchemy.sql.expression import Executable
+
+Build = Callable[[Dialect], Executable]
+
+
+class Prepared:
+    """`build` gives the statement in the words of a dialect. Results are the driver's own: JSON may come as text."""
+
+    def __init__(self, build: Build) -> None:
+        self._build = build
+        self._compiled: dict[str, tuple[str, Sequence[str] | None, Mapping[str, Any]]] = {}
+
+    def run(self, connection: Connection, rows: Sequence[Mapping[str, Any]] = (), **values: Any) -> Sequence[Row[Any]]:
+        """Every row of the result. `rows` is what the statement is `given`."""
+        sql, order, fixed = self._words(connection.dialect)
+        sent = {**fixed, **values, "rows": orjson.dumps(rows).decode()}
+        result = connection.exec_driver_sql(sql, tuple(sent[name] for name in order) if order is not None else sent)
+        return result.all() if result.returns_rows else ()
+
+    def _words(self, dialect: Dialect) -> tuple[str, Sequence[str] | None, Mapping[str, Any]]:
+        if (known := self._compiled.get(dialect.name)) is None:
+            compiled = self._build(dialect).compile(dialect=dialect)
+            known = self._compiled[dialect.name] = str(compiled), compiled.positiontup, compiled.params
+        return known
+
+
+def given(dialect: Dialect, *columns: Column[Any]) -> FromClause:
+    """The rows that `run` is given, as a table of these columns; those of type JSON hold text."""
+    rows = bindparam("rows", type_=Text)
+    if dialect.name == "postgresql":
+        typed = [column(c.name, Text() if isinstance(c.type, JSON) else c.type) for c in columns]
+        values = func.json_to_recordset(cast(rows, JSON)).table_valued(*typed)
+        return values.render_derived(name="given", with_types=True)
+    each = func.json_each(rows).table_valued("value", name="each")
+    fields = [func.json_extract(each.c.value, literal_column(f"'$.{c.name}'")).label(c.name) for c in columns]
+    return select(*fields).subquery("given")
+
+
+def inserted(*columns: Column[Any]) -> Prepared:
+    """Insert the given rows into the columns' table. Nothing is filled in: what may not be NULL is among the columns."""
+
+    def build(dialect: Dialect) -> Executable:
+        rows = given(dialect, *columns)
+        to_json = dialect.name == "postgresql"  # SQLite keeps JSON as text
+        values = [
+            cast(rows.c[c.name], JSON) if to_json and isinstance(c.type, JSON) else rows.c[c.name] for c in columns
+        ]
+        return columns[0].table.insert().from_select(list(columns), select(*values), include_defaults=False)
+
+    return Prepared(build)
