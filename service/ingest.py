@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 GROUP_ITEMS = 2048
 """Most items of one transaction: it must not keep other writers waiting."""
+PATIENCE = 0.002
+"""Seconds that a group waits for company when there was some before. A transaction takes as long even on a fast disk."""
 Ingest = Gathered[Submission, Accepted | Doubtful]
 
 
@@ -31,7 +33,7 @@ def gatherer(database: Database, settings: Settings) -> Ingest:
         with database.write() as s:
             return accept(s, group, limits)
 
-    return Gathered("ingest", store, most=GROUP_ITEMS, room=settings.max_waiting_items)
+    return Gathered("ingest", store, most=GROUP_ITEMS, room=settings.max_waiting_items, patience=PATIENCE)
 
 
 async def submit(
