@@ -12,7 +12,8 @@ from typing import Any
 
 import orjson
 from sqlalchemy import JSON, Column, FromClause, Text, bindparam, cast, column, func, literal_column, select
-from sqlalchemy.engine import Connection, Dialect, Row
+from sqlalchemy.engine import Connection, Dialect
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.sql.expression import Executable
 
 Build = Callable[[Dialect], Executable]
@@ -25,12 +26,19 @@ class Prepared:
         self._build = build
         self._compiled: dict[str, tuple[str, Sequence[str] | None, Mapping[str, Any]]] = {}
 
-    def run(self, connection: Connection, rows: Sequence[Mapping[str, Any]] = (), **values: Any) -> Sequence[Row[Any]]:
+    def run(self, connection: Connection, rows: Sequence[Mapping[str, Any]] = (), **values: Any) -> Sequence[tuple[Any, ...]]:
         """Every row of the result. `rows` is what the statement is `given`."""
         sql, order, fixed = self._words(connection.dialect)
         sent = {**fixed, **values, "rows": orjson.dumps(rows).decode()}
-        result = connection.exec_driver_sql(sql, tuple(sent[name] for name in order) if order is not None else sent)
-        return result.all() if result.returns_rows else ()
+        driver = connection.dialect.loaded_dbapi
+        cursor = connection.connection.cursor()
+        try:
+            cursor.execute(sql, [sent[name] for name in order] if order is not None else sent)
+            return cursor.fetchall() if cursor.description else ()
+        except driver.Error as error:  # as SQLAlchemy would have it
+            raise DBAPIError.instance(sql, None, error, driver.Error, hide_parameters=True) from error
+        finally:
+            cursor.close()
 
     def _words(self, dialect: Dialect) -> tuple[str, Sequence[str] | None, Mapping[str, Any]]:
         if (known := self._compiled.get(dialect.name)) is None:

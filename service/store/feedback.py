@@ -21,6 +21,9 @@ from service.store.ids import new_id
 from service.store.targets import Target
 
 
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
+
+
 def body_hash(request: wire.FeedbackRequest, kind: JobKind = "train") -> str:
     """Of the request's meaning, not of its bytes: order of keys and white space do not count."""
     fields = request.model_dump(mode="json")
@@ -31,8 +34,7 @@ def body_hash(request: wire.FeedbackRequest, kind: JobKind = "train") -> str:
     for item in fields["items"]:
         if item["user"] is None:
             del item["user"]
-    body = json.dumps(fields, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(body.encode()).hexdigest()
+    return hashlib.sha256(_CANONICAL.encode(fields).encode()).hexdigest()
 
 
 def check_body(known: str, sent: str) -> None:
