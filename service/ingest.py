@@ -13,7 +13,8 @@ from service.db.engine import Database
 from service.gathered import Gathered
 from service.settings import Settings
 from service.store import feedback
-from service.store.acceptance import Accepted, Doubtful, Limits, Outcome, Submission, accept
+from service.store.acceptance import Accepted, Doubtful, Outcome, Submission, accept
+from service.store.waiting import Limits
 
 if TYPE_CHECKING:
     from service.context import Context
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 GROUP_ITEMS = 2048
 """Most items of one transaction: it must not keep other writers waiting."""
 PATIENCE = 0.002
-"""Seconds that a group waits for company when there was some before. A transaction takes as long even on a fast disk."""
+"""Seconds that a group waits for company when there was some before: what a transaction takes even on a fast disk."""
 Ingest = Gathered[Submission, Accepted | Doubtful]
 
 

@@ -13,32 +13,23 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import Dialect, func, select, tuple_
+from sqlalchemy import Dialect, select
 from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session
-from sqlalchemy.sql.expression import Executable
 
 import api_schemas.feedback as wire
 from api_schemas.jobs import JobKind
 from api_schemas.training import TrainingSettings
 from service.db.engine import db_now
-from service.db.prepared import Prepared, given, inserted
-from service.db.tables import Adapter, Base, Batch, Job, Tenant
-from service.errors import PerennialError, TooMany
-from service.store import feedback, queue, rollouts, targets
+from service.db.prepared import Prepared, Statement, given, inserted
+from service.db.tables import Base, Tenant
+from service.errors import PerennialError
+from service.store import feedback, queue, replays, rollouts, targets
 from service.store.ids import new_id
 from service.store.targets import Target
+from service.store.waiting import Limits, Waiting
 
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Most jobs that may wait: of one adapter, of one tenant, of all."""
-
-    adapter_jobs: int
-    tenant_jobs: int
-    all_jobs: int
 
 
 @dataclass(frozen=True)
@@ -84,37 +75,16 @@ def accept(s: Session, group: Sequence[Submission], limits: Limits) -> list[Outc
     return outcomes
 
 
-# Each one statement, however many requests the group has.
-_TENANTS = Tenant.__table__.c
-_BATCHES, _JOBS, _ADAPTERS = Batch.__table__.c, Job.__table__.c, Adapter.__table__.c
+_TENANTS = Base.metadata.tables[Tenant.__tablename__].c
 
 
-def _locked_tenants(dialect: Dialect) -> Executable:
+def _locked_tenants(dialect: Dialect) -> Statement:
     # Weaker than FOR UPDATE: whoever inserts a row that refers to a tenant need not wait.
     wanted = _TENANTS.id.in_(select(given(dialect, _TENANTS.id).c.id))
     return select(_TENANTS.id, db_now()).where(wanted).order_by(_TENANTS.id).with_for_update(key_share=True)
 
 
-def _same_keys(dialect: Dialect) -> Executable:
-    keys = given(dialect, _BATCHES.tenant_id, _BATCHES.idempotency_key)
-    key = tuple_(_BATCHES.tenant_id, _BATCHES.idempotency_key)
-    of_batch = (_BATCHES.tenant_id, _BATCHES.idempotency_key, _BATCHES.body_hash)
-    of_answer = (_BATCHES.id, _ADAPTERS.name, _JOBS.id, _JOBS.state, _BATCHES.item_count, _JOBS.version_n)
-    return (
-        select(*of_batch, *of_answer, _BATCHES.created_at)
-        .join_from(Batch, Adapter, _ADAPTERS.id == _BATCHES.adapter_id)
-        .join(Job, _JOBS.batch_id == _BATCHES.id)
-        .where(key.in_(select(keys.c.tenant_id, keys.c.idempotency_key)))
-        .order_by(_JOBS.seq)  # of several jobs the newest is kept: a rebuild trains a batch once more
-    )
-
-
-def _waiting(_: Dialect) -> Executable:
-    open_jobs = _ADAPTERS.open_jobs
-    return select(_ADAPTERS.tenant_id, func.sum(open_jobs)).where(open_jobs > 0).group_by(_ADAPTERS.tenant_id)
-
-
-_LOCKED_TENANTS, _SAME_KEYS, _WAITING = Prepared(_locked_tenants), Prepared(_same_keys), Prepared(_waiting)
+_LOCKED_TENANTS = Prepared(_locked_tenants)
 _COLUMNS = {
     "feedback_batches": "id tenant_id adapter_id idempotency_key body_hash training item_count created_at",
     "feedback_items": "id batch_id position rollout_id messages response feedback demonstration standing person",
@@ -138,18 +108,19 @@ class _Desk:
     """One group: what was read for it, and the rows that it will leave."""
 
     def __init__(self, connection: Connection, group: Sequence[Submission], limits: Limits) -> None:
-        self._connection, self._limits = connection, limits
+        self._connection = connection
         tenants = sorted({g.tenant_id for g in group})
         self._now = max(now for _, now in _LOCKED_TENANTS.run(connection, [{"id": t} for t in tenants]))
-        self._known = _known(connection, group)
-        self._accepted: dict[tuple[str, str | None], tuple[str, Accepted]] = {}
+        keys = {(g.tenant_id, g.idempotency_key) for g in group if g.idempotency_key is not None}
+        self._known = replays.known(connection, keys)
+        self._accepted: dict[replays.Key, tuple[str, Accepted]] = {}
         self._answers = rollouts.known(
             connection, {n for g in group for i in g.request.items if (n := rollouts.named_by(i))}
         )
         given_by = {a.adapter_id for a in self._answers.values() if a.adapter_id is not None}
         named = {(g.tenant_id, g.request.adapter) for g in group if g.request.adapter is not None}
         self._targets = {t.id: t for t in targets.locked(connection, given_by, named)}
-        self._open = _Open(connection, limits)
+        self._open = Waiting(connection, limits)
         self._changed: dict[str, Target] = {}
         self._rows: dict[str, list[Row]] = {table: [] for table in _INSERTS}
 
@@ -168,9 +139,9 @@ class _Desk:
 
     def _replayed(self, submission: Submission) -> Accepted | None:
         """What the same key brought before. Raises Conflict when its body was another."""
-        key = (submission.tenant_id, submission.idempotency_key)
-        if key[1] is None:
+        if submission.idempotency_key is None:
             return None
+        key = (submission.tenant_id, submission.idempotency_key)
         if key in self._accepted:
             digest, first = self._accepted[key]
             feedback.check_body(digest, submission.digest)
@@ -227,55 +198,6 @@ class _Desk:
             return _resolved(adapter.training)
         of_adapter = TrainingSettings.model_validate_json(adapter.training)
         return json.dumps(feedback.resolved_training(of_adapter, request.training).model_dump())
-
-
-class _Open:
-    """How much waits already, what this group adds included."""
-
-    def __init__(self, connection: Connection, limits: Limits) -> None:
-        self._limits = limits
-        self._jobs = {tenant: int(jobs) for tenant, jobs in _WAITING.run(connection)}
-        self._all = sum(self._jobs.values())
-
-    def check(self, adapter: Target) -> None:
-        """Raises TooMany, with what would have to be done first."""
-        if adapter.open_jobs >= self._limits.adapter_jobs:
-            raise TooMany(f"{adapter.open_jobs} batches wait for '{adapter.name}': send more later.", retry_after=30)
-        if (mine := self._jobs.get(adapter.tenant_id, 0)) >= self._limits.tenant_jobs:
-            raise TooMany(f"{mine} batches of yours wait for training: send more later.", retry_after=30)
-        if self._all >= self._limits.all_jobs:
-            raise TooMany("The queue of this service is full: send more later.", code="queue_full", retry_after=60)
-
-    def add(self, tenant_id: str) -> None:
-        self._jobs[tenant_id] = self._jobs.get(tenant_id, 0) + 1
-        self._all += 1
-
-
-def _known(
-    connection: Connection, group: Sequence[Submission]
-) -> dict[tuple[str, str | None], tuple[str, wire.FeedbackBatch]]:
-    """What was stored under the group's keys: the body's hash and the answer."""
-    keys = {(g.tenant_id, g.idempotency_key) for g in group if g.idempotency_key is not None}
-    if not keys:
-        return {}
-    found = {}
-    for tenant, key, digest, *answer in _SAME_KEYS.run(
-        connection, [{"tenant_id": tenant, "idempotency_key": key} for tenant, key in sorted(keys)]
-    ):
-        batch, adapter, job, state, items, version, created = answer
-        found[tenant, key] = (
-            digest,
-            wire.FeedbackBatch(
-                id=batch,
-                adapter=adapter,
-                job_id=job,
-                status=state,
-                item_count=items,
-                version=version,
-                created_at=int(created),
-            ),
-        )
-    return found
 
 
 def _items(batch_id: str, submission: Submission) -> list[Row]:

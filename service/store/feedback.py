@@ -20,7 +20,6 @@ from service.store import adapters, rollouts
 from service.store.ids import new_id
 from service.store.targets import Target
 
-
 _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
 
 

@@ -52,13 +52,17 @@ def enqueue(
     return job
 
 
+_NEW = json.dumps({"why": "new", "attempts": 0})
+
+
 def new_rows(
     adapter: Target, batch_id: str, now: float, priority: int, kind: JobKind = "train"
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The next job of a locked adapter and its event, for their tables: `enqueue` where many come at once."""
+    """The next job of a locked adapter and its event, for their tables: `enqueue` where many come at once. JSON is
+    text."""
     job = _row(adapter, batch_id, now, kind=kind, priority=priority)
-    event = events.row(adapter, "job.queued", now, job_id=job["id"], data={"why": "new", "attempts": 0})
-    return job | {"state": "queued"}, event | {"data": json.dumps(event["data"])}
+    event = events.row(adapter, "job.queued", now, job_id=job["id"])
+    return job | {"state": "queued"}, event | {"data": _NEW}
 
 
 def _row(adapter: Adapter | Target, batch_id: str, now: float, *, kind: JobKind, priority: int) -> dict[str, Any]:

@@ -9,12 +9,11 @@ from typing import Any
 from sqlalchemy import ColumnElement, Dialect, Integer, func, select
 from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session
-from sqlalchemy.sql.expression import Executable
 
 import api_schemas.feedback as wire
 from service.db.engine import clock
-from service.db.prepared import Prepared, given
-from service.db.tables import Rollout
+from service.db.prepared import Prepared, Statement, given
+from service.db.tables import Base, Rollout
 from service.errors import NotFound
 
 
@@ -90,8 +89,8 @@ def _length(column: ColumnElement[Any]) -> ColumnElement[int]:
     return func.json_array_length(column, type_=Integer)
 
 
-def _known(dialect: Dialect) -> Executable:
-    c = Rollout.__table__.c
+def _known(dialect: Dialect) -> Statement:
+    c = Base.metadata.tables[Rollout.__tablename__].c
     tokens = _length(c.prompt_token_ids) + _length(c.response_token_ids)
     columns = (c.id, c.tenant_id, c.adapter_id, c.base_model, _length(c.messages) > 0, tokens)
     return select(*columns).where(c.id.in_(select(given(dialect, c.id).c.id)))

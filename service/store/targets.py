@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 from sqlalchemy import Dialect, Text, cast, select, tuple_
 from sqlalchemy.engine import Connection
-from sqlalchemy.sql.expression import Executable
 
-from service.db.prepared import Prepared, given
-from service.db.tables import Adapter
+from service.db.prepared import Prepared, Statement, given
+from service.db.tables import Adapter, Base
 
 
 @dataclass
@@ -31,26 +30,27 @@ class Target:
     events_n: int
 
 
-_C = Adapter.__table__.c
+_TABLE = Base.metadata.tables[Adapter.__tablename__]
+_C = _TABLE.c
 _COUNTED = ("next_seq", "open_jobs", "priority", "waits_since", "events_n")
 
 
-def _named(dialect: Dialect) -> Executable:
+def _named(dialect: Dialect) -> Statement:
     wanted = given(dialect, _C.tenant_id, _C.name)
     return select(_C.id).where(
         tuple_(_C.tenant_id, _C.name).in_(select(wanted.c.tenant_id, wanted.c.name)), _C.deleted_at.is_(None)
     )
 
 
-def _locked(dialect: Dialect) -> Executable:
+def _locked(dialect: Dialect) -> Statement:
     columns = [cast(_C[n], Text) if n == "training" else _C[n] for n in Target.__dataclass_fields__]
     wanted = _C.id.in_(select(given(dialect, _C.id).c.id))
     return select(*columns).where(wanted).order_by(_C.id).with_for_update(key_share=True)
 
 
-def _counted(dialect: Dialect) -> Executable:
+def _counted(dialect: Dialect) -> Statement:
     new = given(dialect, _C.id, *(_C[n] for n in _COUNTED))
-    return Adapter.__table__.update().values({n: new.c[n] for n in _COUNTED}).where(_C.id == new.c.id)
+    return _TABLE.update().values({n: new.c[n] for n in _COUNTED}).where(_C.id == new.c.id)
 
 
 _NAMED, _LOCKED, _COUNT = Prepared(_named), Prepared(_locked), Prepared(_counted)
