@@ -54,7 +54,9 @@ class Prepared:
             cursor.execute(sql, [sent[name] for name in order] if order is not None else sent)
             return cursor.fetchall() if cursor.description else ()
         except driver.Error as error:  # as SQLAlchemy would have it
-            raise DBAPIError.instance(sql, None, error, driver.Error, hide_parameters=True) from error
+            raise DBAPIError.instance(
+                sql, None, error, driver.Error, hide_parameters=True, dialect=connection.dialect
+            ) from error
         finally:
             cursor.close()
 
