@@ -24,6 +24,11 @@ class AdapterCreate(Request):
     job again or resumes the adapter."""
 
 
+class AdapterChange(Request):
+    on_failure: OnFailure
+    """For jobs that fail from now on: an adapter that is blocked stays so until somebody decides."""
+
+
 class Promote(Request):
     version: Annotated[int, Field(ge=0, lt=2**31)]
     """0 is the base model itself."""

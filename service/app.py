@@ -11,6 +11,7 @@ from fastapi import FastAPI
 from api_schemas.errors import ErrorResponse
 from service import problems
 from service.context import Context
+from service.door import FeedbackDoor
 from service.middleware import Limits, RequestIds
 from service.routes import adapters, chat, erasure, feedback, health, jobs, messages, models, uploads, webhooks, worker
 
@@ -58,6 +59,7 @@ def create_app(context: Context) -> FastAPI:
         health.router,
     ):
         app.include_router(router)
+    app.add_middleware(FeedbackDoor, context=context)
     app.add_middleware(Limits, settings=context.settings)
     app.add_middleware(RequestIds)
     problems.install(app)

@@ -18,6 +18,7 @@ _bearer = HTTPBearer(auto_error=False, description="An API key made by `perennia
 _header = APIKeyHeader(name="x-api-key", auto_error=False, description="The same key, as Anthropic's clients send it.")
 
 
+FEEDBACK_SCOPE = "feedback:write"
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
@@ -49,19 +50,21 @@ def guarded(**options: Any) -> APIRouter:
 
 
 async def principal(request: Request) -> Principal:
-    """The owner of the presented key, looked up each time: none is remembered. Where that takes more than a glance,
-    requests that come together are looked up together."""
+    """The owner of the presented key."""
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     key = token.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key")
-    if key:
-        context: Context = request.app.state.context
-        try:
-            found = context.keys.glance(context.database.glance, key)
-        except NotNow:
-            found = await context.callers.submit(key)
-        if found is not None:
-            return found
+    if key and (found := await owner_of(request.app.state.context, key)) is not None:
+        return found
     raise Unauthenticated("Send a valid API key: `Authorization: Bearer pk_...`.")
+
+
+async def owner_of(context: Context, key: str) -> Principal | None:
+    """Looked up each time: none is remembered. Where that takes more than a glance, requests that come together are
+    looked up together."""
+    try:
+        return context.keys.glance(context.database.glance, key)
+    except NotNow:
+        return await context.callers.submit(key)
 
 
 async def _checked(request: Request) -> Principal:
@@ -96,7 +99,7 @@ def _tenant(scope: str) -> Callable[[Principal], Awaitable[str]]:
 
 # The calling tenant's id, by what its key must be allowed to do.
 ChatTenant = Annotated[str, Depends(_tenant("chat"))]
-FeedbackTenant = Annotated[str, Depends(_tenant("feedback:write"))]
+FeedbackTenant = Annotated[str, Depends(_tenant(FEEDBACK_SCOPE))]
 JobsReader = Annotated[str, Depends(_tenant("jobs:read"))]
 JobsWriter = Annotated[str, Depends(_tenant("jobs:write"))]
 AdaptersReader = Annotated[str, Depends(_tenant("adapters:read"))]

@@ -14,6 +14,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Generic, TypeVar
 
 from service.errors import PerennialError, TooMany, Unavailable
@@ -25,10 +26,25 @@ R = TypeVar("R")
 class Gathered(Generic[T, R]):
     """Calls `do` with groups of at most `most` in weight, on one thread; at most `room` in weight may wait."""
 
-    def __init__(self, name: str, do: Callable[[Sequence[T]], Sequence[R | Exception]], *, most: int, room: int):
-        """`do` gives one result per member, in order; an exception among them is that member's alone."""
+    def __init__(
+        self,
+        name: str,
+        do: Callable[[Sequence[T]], Sequence[R | Exception]],
+        *,
+        most: int,
+        room: int,
+        patience: float = 0.0,
+    ):
+        """`do` gives one result per member, in order; an exception among them is that member's alone.
+
+        `patience`, seconds: most that a group waits to become as large as the one before it. Whoever was answered with
+        that one is likely to come again at once, and half as many groups cost half as much.
+        """
         self._do = do
-        self._most, self._room = most, room
+        self._most, self._room, self._patience = most, room, patience
+        self._last = 1
+        """Members of the group before."""
+        self._enough = asyncio.Event()
         self._waiting: deque[tuple[T, int, asyncio.Future[R]]] = deque()
         self._weight = 0
         self._working: asyncio.Task[None] | None = None
@@ -44,6 +60,8 @@ class Gathered(Generic[T, R]):
         future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
         self._waiting.append((member, weight, future))
         self._weight += weight
+        if len(self._waiting) >= self._last:
+            self._enough.set()
         if self._working is None:
             self._working = asyncio.create_task(self._work())
         return await future
@@ -51,6 +69,7 @@ class Gathered(Generic[T, R]):
     async def close(self) -> None:
         """Finish what was taken. Safe to repeat."""
         self._closed = True
+        self._enough.set()
         if self._working is not None:
             await self._working
         self._thread.shutdown()
@@ -58,7 +77,9 @@ class Gathered(Generic[T, R]):
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
         while self._waiting:
+            await self._company()
             members, futures = self._next_group()
+            self._last = len(members)
             for future, result in zip(
                 futures, await loop.run_in_executor(self._thread, self._results, members), strict=True
             ):
@@ -69,6 +90,12 @@ class Gathered(Generic[T, R]):
                 else:
                     future.set_result(result)
         self._working = None
+
+    async def _company(self) -> None:
+        if self._patience and not self._closed and len(self._waiting) < self._last:
+            self._enough.clear()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._enough.wait(), self._patience)
 
     def _next_group(self) -> tuple[list[T], list[asyncio.Future[R]]]:
         members: list[T] = []

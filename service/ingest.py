@@ -13,13 +13,16 @@ from service.db.engine import Database
 from service.gathered import Gathered
 from service.settings import Settings
 from service.store import feedback
-from service.store.acceptance import Accepted, Doubtful, Limits, Outcome, Submission, accept
+from service.store.acceptance import Accepted, Doubtful, Outcome, Submission, accept
+from service.store.waiting import Limits
 
 if TYPE_CHECKING:
     from service.context import Context
 
 GROUP_ITEMS = 2048
 """Most items of one transaction: it must not keep other writers waiting."""
+PATIENCE = 0.002
+"""Seconds that a group waits for company when there was some before: what a transaction takes even on a fast disk."""
 Ingest = Gathered[Submission, Accepted | Doubtful]
 
 
@@ -31,7 +34,7 @@ def gatherer(database: Database, settings: Settings) -> Ingest:
         with database.write() as s:
             return accept(s, group, limits)
 
-    return Gathered("ingest", store, most=GROUP_ITEMS, room=settings.max_waiting_items)
+    return Gathered("ingest", store, most=GROUP_ITEMS, room=settings.max_waiting_items, patience=PATIENCE)
 
 
 async def submit(

@@ -82,6 +82,12 @@ def from_validation(errors: Sequence[Any]) -> PerennialError:
     return Unprocessable(f"'{param}': {reason}.", code="invalid_parameter", param=param)
 
 
+def of_storage(error: OSError) -> PerennialError:
+    """Logged here; the caller learns no paths."""
+    log.error("storage: %s", error)
+    return Unavailable("Our storage fails or is full; try again later.", code="storage_unavailable", retry_after=30)
+
+
 def _printable(name: str) -> str:
     """A field's name as the caller wrote it, cut short, without what JSON in UTF-8 cannot hold (lone surrogates)."""
     return name[:128].encode(errors="replace").decode()
@@ -108,11 +114,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(OSError)
     async def _storage(request: Request, error: OSError) -> JSONResponse:
-        log.error("storage: %s", error)
-        return answer(
-            request,
-            Unavailable("Our storage fails or is full; try again later.", code="storage_unavailable", retry_after=30),
-        )
+        return answer(request, of_storage(error))
 
     @app.exception_handler(Exception)
     async def _unforeseen(request: Request, error: Exception) -> JSONResponse:

@@ -75,6 +75,17 @@ def get_adapter(adapter: AdapterName, context: Ctx, tenant: AdaptersReader) -> w
         return adapters.view(adapters.by_name(s, tenant, adapter))
 
 
+@router.patch("/v1/adapters/{adapter}")
+def change_adapter(
+    adapter: AdapterName, request: wire.AdapterChange, context: Ctx, tenant: AdaptersWriter
+) -> wire.Adapter:
+    """What may be changed of an adapter; its shape and its name may not."""
+    with context.database.write() as s:
+        row = adapters.locked(s, adapters.by_name(s, tenant, adapter).id)
+        row.on_failure = request.on_failure
+        return adapters.view(row)
+
+
 @router.delete("/v1/adapters/{adapter}")
 def delete_adapter(adapter: AdapterName, context: Ctx, tenant: AdaptersWriter) -> wire.AdapterDeleted:
     """Open jobs are cancelled, the name is free again, the files go once the engine has let go of them."""

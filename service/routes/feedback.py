@@ -28,6 +28,11 @@ async def submit_feedback(
     idempotency_key: Annotated[IdempotencyKey | None, Header()] = None,
 ) -> Response:
     """Keep a batch of remarks and queue its training. Acknowledged means on disk."""
+    return await kept(context, tenant, request, idempotency_key)
+
+
+async def kept(context: Context, tenant: str, request: wire.FeedbackRequest, idempotency_key: str | None) -> Response:
+    """The answer, once the batch is on disk. `service.door` comes here by itself."""
     accepted = await ingest.submit(context, tenant, request, idempotency_key)
     context.work.ring()
     headers = {"idempotent-replayed": "true"} if accepted.replayed else None

@@ -7,32 +7,29 @@ request's refusal leaves the others alone. In PostgreSQL tenants are locked firs
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import bindparam, func, insert, select
+from sqlalchemy import Dialect, select
+from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session
 
 import api_schemas.feedback as wire
 from api_schemas.jobs import JobKind
 from api_schemas.training import TrainingSettings
 from service.db.engine import db_now
-from service.db.tables import Adapter, Base, Batch, Tenant
-from service.errors import PerennialError, TooMany
-from service.store import feedback, queue, rollouts
+from service.db.prepared import Prepared, Statement, given, inserted
+from service.db.tables import Base, Tenant
+from service.errors import PerennialError
+from service.store import feedback, queue, replays, rollouts, targets
 from service.store.ids import new_id
+from service.store.targets import Target
+from service.store.waiting import Limits, Waiting
 
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Most jobs that may wait: of one adapter, of one tenant, of all."""
-
-    adapter_jobs: int
-    tenant_jobs: int
-    all_jobs: int
 
 
 @dataclass(frozen=True)
@@ -72,56 +69,59 @@ Outcome = Accepted | Doubtful | PerennialError
 
 def accept(s: Session, group: Sequence[Submission], limits: Limits) -> list[Outcome]:
     """One outcome per submission, in order; true once the transaction is committed."""
-    desk = _Desk(s, group, limits)
+    desk = _Desk(s.connection(), group, limits)
     outcomes = [desk.outcome(submission) for submission in group]
     desk.write()
     return outcomes
 
 
-# Built once: what is left of a request's cost is mostly statements.
-_TENANTS = Tenant.__table__.c
-_LOCKED_TENANTS = (
-    select(_TENANTS.id, db_now())
-    .where(_TENANTS.id.in_(bindparam("ids")))
-    .order_by(_TENANTS.id)
-    .with_for_update(key_share=True)
-)
-_BATCHES = select(Batch).where(Batch.tenant_id == bindparam("tenant"), Batch.idempotency_key.in_(bindparam("keys")))
-_ADAPTERS = Adapter.__table__.c
-_NAMED = select(_ADAPTERS.id).where(
-    _ADAPTERS.tenant_id.in_(bindparam("tenants")),
-    _ADAPTERS.name.in_(bindparam("names")),
-    _ADAPTERS.deleted_at.is_(None),
-)
-_LOCKED_ADAPTERS = (
-    select(Adapter)
-    .where(Adapter.id.in_(bindparam("ids")))
-    .order_by(Adapter.id)
-    .with_for_update(key_share=True)
-    .execution_options(populate_existing=True)
-)
-_WAITING = (
-    select(_ADAPTERS.tenant_id, func.sum(_ADAPTERS.open_jobs))
-    .where(_ADAPTERS.open_jobs > 0)
-    .group_by(_ADAPTERS.tenant_id)
-)
-_INSERTS = {n: insert(Base.metadata.tables[n]) for n in ("feedback_batches", "feedback_items", "jobs", "events")}
+_TENANTS = Base.metadata.tables[Tenant.__tablename__].c
+
+
+def _locked_tenants(dialect: Dialect) -> Statement:
+    # Weaker than FOR UPDATE: whoever inserts a row that refers to a tenant need not wait.
+    wanted = _TENANTS.id.in_(select(given(dialect, _TENANTS.id).c.id))
+    return select(_TENANTS.id, db_now()).where(wanted).order_by(_TENANTS.id).with_for_update(key_share=True)
+
+
+_LOCKED_TENANTS = Prepared(_locked_tenants)
+_COLUMNS = {
+    "feedback_batches": "id tenant_id adapter_id idempotency_key body_hash training item_count created_at",
+    "feedback_items": "id batch_id position rollout_id messages response feedback demonstration standing person",
+    "jobs": "id tenant_id adapter_id kind batch_id seq priority attempts created_at state",
+    "events": "adapter_id n type job_id version_n data created_at",
+}
 """In the order that their references ask for."""
+_INSERTS = {
+    table: inserted(*(Base.metadata.tables[table].c[name] for name in names.split()))
+    for table, names in _COLUMNS.items()
+}
+
+
+@lru_cache(1024)
+def _resolved(of_adapter: str) -> str:
+    """The settings of an adapter's ordinary batches, all filled in. Both are JSON."""
+    return json.dumps(feedback.resolved_training(TrainingSettings.model_validate_json(of_adapter)).model_dump())
 
 
 class _Desk:
     """One group: what was read for it, and the rows that it will leave."""
 
-    def __init__(self, s: Session, group: Sequence[Submission], limits: Limits) -> None:
-        self._s, self._limits = s, limits
-        # Weaker than FOR UPDATE: whoever inserts a row that refers to a tenant need not wait.
-        self._now = max(now for _, now in s.execute(_LOCKED_TENANTS, {"ids": sorted({g.tenant_id for g in group})}))
-        self._known = {(b.tenant_id, b.idempotency_key): b for b in _batches(s, group)}
-        self._accepted: dict[tuple[str, str | None], tuple[str, Accepted]] = {}
-        self._answers = rollouts.known(s, {n for g in group for i in g.request.items if (n := rollouts.named_by(i))})
-        self._adapters = _adapters(s, group, self._answers.values())
-        self._open = _Open(s, limits)
-        self._defaults: dict[str, Row] = {}
+    def __init__(self, connection: Connection, group: Sequence[Submission], limits: Limits) -> None:
+        self._connection = connection
+        tenants = sorted({g.tenant_id for g in group})
+        self._now = max(now for _, now in _LOCKED_TENANTS.run(connection, [{"id": t} for t in tenants]))
+        keys = {(g.tenant_id, g.idempotency_key) for g in group if g.idempotency_key is not None}
+        self._known = replays.known(connection, keys)
+        self._accepted: dict[replays.Key, tuple[str, Accepted]] = {}
+        self._answers = rollouts.known(
+            connection, {n for g in group for i in g.request.items if (n := rollouts.named_by(i))}
+        )
+        given_by = {a.adapter_id for a in self._answers.values() if a.adapter_id is not None}
+        named = {(g.tenant_id, g.request.adapter) for g in group if g.request.adapter is not None}
+        self._targets = {t.id: t for t in targets.locked(connection, given_by, named)}
+        self._open = Waiting(connection, limits)
+        self._changed: dict[str, Target] = {}
         self._rows: dict[str, list[Row]] = {table: [] for table in _INSERTS}
 
     def outcome(self, submission: Submission) -> Outcome:
@@ -131,29 +131,31 @@ class _Desk:
             return error
 
     def write(self) -> None:
-        self._s.flush()  # the adapters' counters
+        if self._changed:
+            targets.save(self._connection, self._changed.values())
         for table, rows in self._rows.items():
             if rows:
-                self._s.execute(_INSERTS[table], rows)
+                _INSERTS[table].run(self._connection, rows)
 
     def _replayed(self, submission: Submission) -> Accepted | None:
         """What the same key brought before. Raises Conflict when its body was another."""
-        key = (submission.tenant_id, submission.idempotency_key)
-        if key[1] is None:
+        if submission.idempotency_key is None:
             return None
+        key = (submission.tenant_id, submission.idempotency_key)
         if key in self._accepted:
             digest, first = self._accepted[key]
             feedback.check_body(digest, submission.digest)
             return Accepted(first.view, replayed=True)
         if (batch := self._known.get(key)) is None:
             return None
-        feedback.check_body(batch.body_hash, submission.digest)
-        return Accepted(feedback.view(self._s, batch, with_items=False), replayed=True)
+        digest, view = batch
+        feedback.check_body(digest, submission.digest)
+        return Accepted(view, replayed=True)
 
     def _accept(self, submission: Submission) -> Accepted | Doubtful:
         request, tenant_id = submission.request, submission.tenant_id
         answers = feedback.named_answers(tenant_id, request, self._answers)
-        adapter = feedback.target_adapter(tenant_id, request, answers, self._adapters)
+        adapter = feedback.target_adapter(tenant_id, request, answers, self._targets)
         self._open.check(adapter)
         if long := _too_long(submission, answers):
             return Doubtful(long)
@@ -161,6 +163,7 @@ class _Desk:
         batch_id = new_id("fb")
         job, event = queue.new_rows(adapter, batch_id, self._now, request.priority, submission.kind)
         self._open.add(tenant_id)
+        self._changed[adapter.id] = adapter
         self._rows["feedback_batches"].append(
             {
                 "id": batch_id,
@@ -189,58 +192,12 @@ class _Desk:
             self._accepted[tenant_id, submission.idempotency_key] = (submission.digest, done)
         return done
 
-    def _training(self, adapter: Adapter, request: wire.FeedbackRequest) -> Row:
-        """All settings filled in; those of an adapter's ordinary batches are resolved once for the group."""
-        known = self._defaults.get(adapter.id) if request.training is None else None
-        if known is not None:
-            return known
-        of_adapter = TrainingSettings.model_validate(adapter.training)
-        resolved = feedback.resolved_training(of_adapter, request.training).model_dump()
+    def _training(self, adapter: Target, request: wire.FeedbackRequest) -> str:
+        """All settings filled in, as JSON."""
         if request.training is None:
-            self._defaults[adapter.id] = resolved
-        return resolved
-
-
-class _Open:
-    """How much waits already, what this group adds included."""
-
-    def __init__(self, s: Session, limits: Limits) -> None:
-        self._limits = limits
-        self._jobs = {tenant: int(jobs) for tenant, jobs in s.execute(_WAITING)}
-        self._all = sum(self._jobs.values())
-
-    def check(self, adapter: Adapter) -> None:
-        """Raises TooMany, with what would have to be done first."""
-        if adapter.open_jobs >= self._limits.adapter_jobs:
-            raise TooMany(f"{adapter.open_jobs} batches wait for '{adapter.name}': send more later.", retry_after=30)
-        if (mine := self._jobs.get(adapter.tenant_id, 0)) >= self._limits.tenant_jobs:
-            raise TooMany(f"{mine} batches of yours wait for training: send more later.", retry_after=30)
-        if self._all >= self._limits.all_jobs:
-            raise TooMany("The queue of this service is full: send more later.", code="queue_full", retry_after=60)
-
-    def add(self, tenant_id: str) -> None:
-        self._jobs[tenant_id] = self._jobs.get(tenant_id, 0) + 1
-        self._all += 1
-
-
-def _batches(s: Session, group: Sequence[Submission]) -> list[Batch]:
-    """Those that were stored under the group's keys."""
-    keys: dict[str, set[str]] = {}
-    for submission in group:
-        if submission.idempotency_key is not None:
-            keys.setdefault(submission.tenant_id, set()).add(submission.idempotency_key)
-    found: list[Batch] = []
-    for tenant_id, theirs in keys.items():
-        found += s.scalars(_BATCHES, {"tenant": tenant_id, "keys": sorted(theirs)})
-    return found
-
-
-def _adapters(s: Session, group: Sequence[Submission], answers: Iterable[rollouts.Known]) -> list[Adapter]:
-    """All that the group may be for, locked."""
-    ids = {a.adapter_id for a in answers if a.adapter_id is not None}
-    if names := {g.request.adapter for g in group if g.request.adapter is not None}:
-        ids |= set(s.scalars(_NAMED, {"tenants": sorted({g.tenant_id for g in group}), "names": sorted(names)}))
-    return list(s.scalars(_LOCKED_ADAPTERS, {"ids": sorted(ids)}))
+            return _resolved(adapter.training)
+        of_adapter = TrainingSettings.model_validate_json(adapter.training)
+        return json.dumps(feedback.resolved_training(of_adapter, request.training).model_dump())
 
 
 def _items(batch_id: str, submission: Submission) -> list[Row]:

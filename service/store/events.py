@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 
 from api_schemas.webhooks import EventName as EventType
 from service.db.tables import Adapter, Event, Job
+from service.store.targets import Target
 
 
 def record(
@@ -38,7 +39,7 @@ def record(
 
 
 def row(
-    adapter: Adapter,
+    adapter: Adapter | Target,
     kind: EventType,
     now: float,
     *,

@@ -18,6 +18,9 @@ from service.db.tables import Adapter, Batch, Item, Job
 from service.errors import Conflict, Gone, NotFound, Unprocessable
 from service.store import adapters, rollouts
 from service.store.ids import new_id
+from service.store.targets import Target
+
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
 
 
 def body_hash(request: wire.FeedbackRequest, kind: JobKind = "train") -> str:
@@ -30,8 +33,7 @@ def body_hash(request: wire.FeedbackRequest, kind: JobKind = "train") -> str:
     for item in fields["items"]:
         if item["user"] is None:
             del item["user"]
-    body = json.dumps(fields, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(body.encode()).hexdigest()
+    return hashlib.sha256(_CANONICAL.encode(fields).encode()).hexdigest()
 
 
 def check_body(known: str, sent: str) -> None:
@@ -77,8 +79,8 @@ def target_adapter(
     tenant_id: str,
     request: wire.FeedbackRequest,
     answers: Mapping[str, rollouts.Known],
-    candidates: Sequence[Adapter],
-) -> Adapter:
+    candidates: Mapping[str, Target],
+) -> Target:
     """The adapter that learns: named, or the one that gave the answers. Answers of another adapter are refused."""
     adapter = _chosen(tenant_id, request, answers, candidates)
     for position, item in enumerate(request.items):
@@ -98,11 +100,11 @@ def _chosen(
     tenant_id: str,
     request: wire.FeedbackRequest,
     answers: Mapping[str, rollouts.Known],
-    candidates: Sequence[Adapter],
-) -> Adapter:
-    given = {a.adapter_id for a in answers.values()} - {None}
+    candidates: Mapping[str, Target],
+) -> Target:
+    given = {a.adapter_id for a in answers.values() if a.adapter_id is not None}
     if request.adapter is not None:
-        for adapter in candidates:
+        for adapter in candidates.values():
             if adapter.tenant_id == tenant_id and adapter.name == request.adapter and adapter.deleted_at is None:
                 return adapter
         raise adapters.not_found(request.adapter)
@@ -110,7 +112,7 @@ def _chosen(
         raise Unprocessable(
             "The answers do not name one adapter: say which one learns.", code="adapter_required", param="adapter"
         )
-    (adapter,) = (a for a in candidates if a.id in given)
+    adapter = candidates[given.pop()]
     if adapter.deleted_at is not None:
         raise NotFound(f"Adapter '{adapter.name}' was deleted.", code="adapter_not_found", param="adapter")
     return adapter
@@ -183,7 +185,7 @@ def item_row(
         "batch_id": batch_id,
         "position": position,
         "rollout_id": rollouts.named_by(item),
-        "messages": [m.plain() for m in item.messages] if item.messages is not None else None,
+        "messages": json.dumps([m.plain() for m in item.messages]) if item.messages is not None else None,
         "response": item.response,
         "feedback": item.feedback,
         "demonstration": item.demonstration,

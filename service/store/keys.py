@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import json
 import os
@@ -87,7 +86,7 @@ class KeyRing:
         self._secret = secret
 
     def digest(self, key: str) -> str:
-        return hmac.new(self._secret, key.encode(), hashlib.sha256).hexdigest()
+        return hmac.digest(self._secret, key.encode(), "sha256").hex()
 
     def pseudonym(self, tenant_id: str, user: str) -> str:
         """What is kept of a caller's `user`: always the same for the same, and no way back to it without the secret."""

@@ -10,6 +10,7 @@ and after it a training has its turn.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from service.store import events, transitions
 from service.store.adapters import locked
 from service.store.ids import new_id
 from service.store.rules import Rules
+from service.store.targets import Target
 
 
 def enqueue(
@@ -50,16 +52,20 @@ def enqueue(
     return job
 
 
+_NEW = json.dumps({"why": "new", "attempts": 0})
+
+
 def new_rows(
-    adapter: Adapter, batch_id: str, now: float, priority: int, kind: JobKind = "train"
+    adapter: Target, batch_id: str, now: float, priority: int, kind: JobKind = "train"
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The next job of a locked adapter and its event, for their tables: `enqueue` where many come at once."""
+    """The next job of a locked adapter and its event, for their tables: `enqueue` where many come at once. JSON is
+    text."""
     job = _row(adapter, batch_id, now, kind=kind, priority=priority)
-    event = events.row(adapter, "job.queued", now, job_id=job["id"], data={"why": "new", "attempts": 0})
-    return job | {"state": "queued"}, event
+    event = events.row(adapter, "job.queued", now, job_id=job["id"])
+    return job | {"state": "queued"}, event | {"data": _NEW}
 
 
-def _row(adapter: Adapter, batch_id: str, now: float, *, kind: JobKind, priority: int) -> dict[str, Any]:
+def _row(adapter: Adapter | Target, batch_id: str, now: float, *, kind: JobKind, priority: int) -> dict[str, Any]:
     """The adapter's next job; the adapter counts it."""
     if adapter.open_jobs == 0:
         adapter.waits_since = now

@@ -6,12 +6,14 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Integer, bindparam, func, select
+from sqlalchemy import ColumnElement, Dialect, Integer, func, select
+from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session
 
 import api_schemas.feedback as wire
 from service.db.engine import clock
-from service.db.tables import Rollout
+from service.db.prepared import Prepared, Statement, given
+from service.db.tables import Base, Rollout
 from service.errors import NotFound
 
 
@@ -76,26 +78,25 @@ class Known:
     """Of prompt and response together."""
 
 
-def known(s: Session, ids: Collection[str]) -> dict[str, Known]:
+def known(connection: Connection, ids: Collection[str]) -> dict[str, Known]:
     """Those of the ids that are stored, whoever they belong to; texts and tokens stay in the database."""
     if not ids:
         return {}
-    return {row[0]: Known(*row[1:]) for row in s.execute(_KNOWN, {"ids": sorted(ids)})}
+    return {row[0]: Known(*row[1:]) for row in _KNOWN.run(connection, [{"id": n} for n in sorted(ids)])}
 
 
 def _length(column: ColumnElement[Any]) -> ColumnElement[int]:
     return func.json_array_length(column, type_=Integer)
 
 
-_C = Rollout.__table__.c
-_KNOWN = select(
-    _C.id,
-    _C.tenant_id,
-    _C.adapter_id,
-    _C.base_model,
-    _length(_C.messages) > 0,
-    _length(_C.prompt_token_ids) + _length(_C.response_token_ids),
-).where(_C.id.in_(bindparam("ids")))
+def _known(dialect: Dialect) -> Statement:
+    c = Base.metadata.tables[Rollout.__tablename__].c
+    tokens = _length(c.prompt_token_ids) + _length(c.response_token_ids)
+    columns = (c.id, c.tenant_id, c.adapter_id, c.base_model, _length(c.messages) > 0, tokens)
+    return select(*columns).where(c.id.in_(select(given(dialect, c.id).c.id)))
+
+
+_KNOWN = Prepared(_known)
 
 
 def not_found(rollout_id: str, position: int) -> NotFound:

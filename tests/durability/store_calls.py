@@ -14,8 +14,9 @@ from api_schemas.jobs import JobError
 from service import admission
 from service.db.tables import Adapter, Batch, Job, Version
 from service.store import adapters, feedback, jobs, keys, leases, retries, versions
-from service.store.acceptance import Accepted, Limits, Submission, accept
+from service.store.acceptance import Accepted, Submission, accept
 from service.store.rules import Rules
+from service.store.waiting import Limits
 
 BASE = "base"
 RULES = Rules(lease_seconds=1e6, max_attempts=3, backoff=0.0, coalesce_items=2)

@@ -60,7 +60,7 @@ NEEDED = {
 
 @pytest.mark.parametrize("which", NEEDED)
 def test_every_one_of_a_version_s_syncs_is_needed(which: str, tmp_path: Path) -> None:
-    counts = version_files.check(tmp_path, 1500, seed=2, skip=NEEDED[which])
+    counts = version_files.check(tmp_path, 300, seed=2, skip=NEEDED[which])
     assert counts["lost"] > 0
     assert (counts["torn"] > 0) == (
         which not in ("the adapter's directory after the rename", "the root after a new adapter")

@@ -107,3 +107,42 @@ async def test_whoever_goes_away_leaves_the_others_their_answers() -> None:
     assert await tasks[2] == 6
     assert work.groups == [[1], [2, 3]]  # taken is taken
     await gathered.close()
+
+
+async def alone_then_together(work: Work, gathered: Gathered[int, int]) -> None:
+    """A group of one, then one of three."""
+    tasks = await held(work, gathered, 1, 2, 3, 4)
+    work.gate.set()
+    await asyncio.gather(*tasks)
+
+
+@pytest.mark.anyio
+async def test_a_group_waits_for_company_where_there_was_some_before() -> None:
+    work = Work()
+    gathered = Gathered("test", work, most=100, room=100, patience=60.0)
+    await alone_then_together(work, gathered)
+    tasks = []
+    for n in (5, 6, 7):
+        assert len(work.groups) == 2  # nobody has been done yet
+        tasks.append(asyncio.create_task(gathered.submit(n)))
+        await asyncio.sleep(0.01)
+    assert await asyncio.gather(*tasks) == [10, 12, 14]
+    assert work.groups == [[1], [2, 3, 4], [5, 6, 7]]
+    await gathered.close()
+
+
+@pytest.mark.anyio
+async def test_patience_ends_and_closing_ends_it() -> None:
+    work = Work()
+    gathered = Gathered("test", work, most=100, room=100, patience=0.01)
+    await alone_then_together(work, gathered)
+    assert await gathered.submit(5) == 10  # after a while, with nobody
+    assert await gathered.submit(6) == 12
+    await gathered.close()
+    gathered = Gathered("test", work, most=100, room=100, patience=3600.0)
+    work.groups.clear()
+    await alone_then_together(work, gathered)
+    waiting = asyncio.create_task(gathered.submit(7))
+    await asyncio.sleep(0.01)
+    await gathered.close()
+    assert await waiting == 14

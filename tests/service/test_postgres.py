@@ -26,6 +26,7 @@ from tests.service.test_ingest import *
 from tests.service.test_job_events import *
 from tests.service.test_leases import *
 from tests.service.test_loop import *
+from tests.service.test_prepared import *
 from tests.service.test_preview import *
 from tests.service.test_queue import *
 from tests.service.test_versions import *

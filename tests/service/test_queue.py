@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -215,6 +216,30 @@ def test_or_until_somebody_resumes_past_it(stack: Stack) -> None:
     blocked(stack)
     assert stack.alice.ok("POST", "/v1/adapters/strict/resume")["blocked_by"] is None
     assert remarks(trained(stack)) == ["two"]
+
+
+def test_what_follows_a_failure_can_be_changed(helper: Stack) -> None:
+    """For jobs that fail afterwards: who is blocked stays so."""
+    assert helper.alice.ok("PATCH", "/v1/adapters/helper", {"on_failure": "block"})["on_failure"] == "block"
+    first, *_ = send(helper, "one", "two", "three")
+    helper.worker.fail(helper.worker.must_lease(), retryable=False)
+    assert helper.worker.lease() is None
+    found = helper.alice.ok("PATCH", "/v1/adapters/helper", {"on_failure": "skip"})
+    assert (found["on_failure"], found["blocked_by"]) == ("skip", first)
+    assert helper.worker.lease() is None
+    helper.alice.ok("POST", "/v1/adapters/helper/resume")
+    helper.worker.fail(helper.worker.must_lease(), retryable=False)
+    assert remarks(trained(helper)) == ["three"]
+
+
+def test_a_change_of_an_adapter_is_checked(helper: Stack) -> None:
+    change = partial(helper.alice.request, "PATCH", "/v1/adapters/helper")
+    error_of(change(json={"on_failure": "stop"}), 422, "invalid_parameter")
+    error_of(change(json={}), 422, "missing_parameter")
+    error_of(change(json={"on_failure": "skip", "name": "x"}), 422, "unknown_parameter")
+    theirs = helper.bob.request("PATCH", "/v1/adapters/helper", json={"on_failure": "skip"})
+    error_of(theirs, 404, "adapter_not_found")
+    assert helper.alice.adapter()["on_failure"] == "skip"
 
 
 def test_a_dead_letter_by_lost_workers_blocks_too(make_stack: MakeStack) -> None:
