@@ -40,11 +40,18 @@ def make_vllm(tmp_path_factory: pytest.TempPathFactory) -> MakeServer:
     return make
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def vllm(make_vllm: MakeServer) -> Iterator[VllmServer]:
-    """One server for each module: services that other modules left behind do not talk to it."""
+    """One server for all: a start takes up to a minute. Each test has a service, and adapters, of its own."""
     flags = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--enable-log-requests")
     with make_vllm(flags=flags) as server:
+        yield server
+
+
+@pytest.fixture(scope="package")
+def second_vllm(make_vllm: MakeServer) -> Iterator[VllmServer]:
+    """Another one, whose log-probs mean something else."""
+    with make_vllm(flags=("--logprobs-mode", "processed_logprobs")) as server:
         yield server
 
 

@@ -231,13 +231,12 @@ def test_vllms_refusals_are_honest_errors(front: Front) -> None:
 
 
 def test_a_server_of_processed_log_probs_is_recognised(
-    make_vllm: Callable[..., VllmServer], make_front: Callable[[str], Front]
+    second_vllm: VllmServer, make_front: Callable[[str], Front]
 ) -> None:
     """Then the values are the policy that drew the answer, at any temperature."""
-    with make_vllm(flags=("--logprobs-mode", "processed_logprobs")) as server:
-        front = make_front(server.url)
-        body = {"messages": TALK[:2], "temperature": 0.7, "top_p": 0.9, "seed": 7, "max_tokens": 8}
-        row = front.kept(front.streamed("/v1/chat/completions", body)[0]["id"])
-        assert row["logprobs_mode"] == "processed_logprobs"
-        own = front.own("/v1/chat/completions", body)["choices"][0]
-        assert row["logprobs"] == pytest.approx([e["logprob"] for e in own["logprobs"]["content"]], abs=2e-5)
+    front = make_front(second_vllm.url)
+    body = {"messages": TALK[:2], "temperature": 0.7, "top_p": 0.9, "seed": 7, "max_tokens": 8}
+    row = front.kept(front.streamed("/v1/chat/completions", body)[0]["id"])
+    assert row["logprobs_mode"] == "processed_logprobs"
+    own = front.own("/v1/chat/completions", body)["choices"][0]
+    assert row["logprobs"] == pytest.approx([e["logprob"] for e in own["logprobs"]["content"]], abs=2e-5)
