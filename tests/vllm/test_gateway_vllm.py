@@ -76,7 +76,10 @@ def plain(chunk: Any, values: list[float]) -> Json:
 
 @pytest.mark.parametrize("name", CHATS)
 def test_openais_client_sees_in_a_stream_what_vllm_itself_sends(front: Front, name: str) -> None:
-    extra = {"top_k", "repetition_penalty", "min_tokens", "ignore_eos", "skip_special_tokens"}
+    extra = {
+        "top_k", "repetition_penalty", "min_tokens", "ignore_eos", "skip_special_tokens", "bad_words",
+        "spaces_between_special_tokens",
+    }  # fmt: skip
     body = {k: v for k, v in CHATS[name].items() if k not in extra}
     body |= {"logprobs": True, "top_logprobs": 2, "stream": True, "stream_options": {"include_usage": True}}
     body["extra_body"] = {k: v for k, v in CHATS[name].items() if k in extra}
