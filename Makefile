@@ -46,9 +46,9 @@ test-together: install
 test-fast: install
 	$(BIN)/pytest $(TOGETHER) -m "not slow and not vllm"
 
-# Swaps under load with a real vLLM; writes build/reports/swap.json.
+# A minute of swaps under load with a real vLLM, of which the tests run a third; writes build/reports/swap.json.
 check-swap: install vllm-env
-	$(BIN)/pytest tests/vllm/test_swap.py -k sixty_seconds
+	PERENNIAL_SWAP_SECONDS=60 $(BIN)/pytest tests/vllm/test_swap.py -k every_three_seconds
 
 # Overhead of the gateway against the engine asked directly, a synthetic one and a real vLLM: build/reports/gateway.json
 check-gateway: install vllm-env

@@ -79,6 +79,9 @@ class Sampling(Request):
     min_tokens: Annotated[int, Field(ge=0, le=MAX_OUTPUT_TOKENS)] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    bad_words: Annotated[list[StopString], Field(max_length=64)] | None = None
+    """Words that the engine does not say."""
     stream: bool = False
     stream_options: StreamOptions | None = None
     return_token_ids: bool = False
@@ -106,6 +109,6 @@ class Sampling(Request):
 SAMPLING_FIELDS = (
     "temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty",
     "logit_bias", "seed", "stop", "stop_token_ids", "include_stop_str_in_output", "min_tokens", "ignore_eos",
-    "skip_special_tokens",
+    "skip_special_tokens", "spaces_between_special_tokens", "bad_words",
 )  # fmt: skip
 """What goes to the engine as it came."""

@@ -88,8 +88,7 @@ def _store(database: Database, at: int, count: int) -> list[str]:
         tenant = s.scalars(select(Tenant.id)).one()
         adapters = list(s.scalars(select(Adapter.id).order_by(Adapter.name)))
         names = [f"chatcmpl-bench{n:08d}" for n in range(at, at + count)]
-        for n, name in enumerate(names, at):
-            rollouts.add(s, _answer(name, tenant, adapters[n % ADAPTERS]))
+        rollouts.add_all(s, [_answer(name, tenant, adapters[n % ADAPTERS]) for n, name in enumerate(names, at)])
     return names
 
 

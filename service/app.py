@@ -31,7 +31,8 @@ def create_app(context: Context) -> FastAPI:
                 task.cancel()
                 with suppress(asyncio.CancelledError):
                     await task
-            await context.ingest.close()  # what was taken is on disk before we go
+            await context.answers.close()  # what was taken is on disk before we go
+            await context.ingest.close()
             await context.callers.close()
             await context.publisher.office.resign()
             await context.serving.close()

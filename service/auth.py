@@ -44,9 +44,9 @@ class KeyFirst(APIRoute):
         return checked
 
 
-def guarded(**options: Any) -> APIRouter:
+def guarded(*, route_class: type[KeyFirst] = KeyFirst, **options: Any) -> APIRouter:
     """A router of which every route needs a key."""
-    return APIRouter(route_class=KeyFirst, dependencies=[Depends(_bearer), Depends(_header)], **options)
+    return APIRouter(route_class=route_class, dependencies=[Depends(_bearer), Depends(_header)], **options)
 
 
 async def principal(request: Request) -> Principal:
@@ -98,7 +98,8 @@ def _tenant(scope: str) -> Callable[[Principal], Awaitable[str]]:
 
 
 # The calling tenant's id, by what its key must be allowed to do.
-ChatTenant = Annotated[str, Depends(_tenant("chat"))]
+chat_tenant = _tenant("chat")
+ChatTenant = Annotated[str, Depends(chat_tenant)]
 FeedbackTenant = Annotated[str, Depends(_tenant(FEEDBACK_SCOPE))]
 JobsReader = Annotated[str, Depends(_tenant("jobs:read"))]
 JobsWriter = Annotated[str, Depends(_tenant("jobs:write"))]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable
-from contextlib import suppress
 from typing import TypeVar
 
-from fastapi import Request
+from starlette.types import Receive
 
 from service.errors import PerennialError
 
@@ -20,24 +19,28 @@ class ClientGone(PerennialError):
     status, code = 499, "client_gone"
 
 
-async def unless_gone(request: Request, work: Awaitable[T]) -> T:
+async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
     """The result of `work`; it is cancelled, and ClientGone raised, when the client hangs up first.
 
     The request's body must have been read: what the client sends next can only be its going.
     """
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
+    if (worker := asyncio.current_task()) is None:
+        raise RuntimeError("no task that could be cancelled")
+    gone = False
+
+    async def watch() -> None:
+        nonlocal gone
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        gone = True
+        worker.cancel()
+
+    watcher = asyncio.ensure_future(watch())
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientGone("The client has gone.")
-        return task.result()
+        return await work
+    except asyncio.CancelledError:
+        if not gone or worker.uncancel():  # somebody else wants us to end
+            raise
+        raise ClientGone("The client has gone.") from None
     finally:
-        for each in (task, gone):
-            each.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                await each  # what it holds is let go before we go on
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+        watcher.cancel()  # it holds nothing, so nobody waits for its end

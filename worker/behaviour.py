@@ -32,6 +32,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "presence_penalty": (0.0,),
     "logit_bias": ({},),
     "min_tokens": (0,),
+    "bad_words": ([],),
 }
 """Values that leave the model's own distribution as it is. What is not in a request's sampling is neutral."""
 

@@ -21,10 +21,11 @@ from service.errors import PerennialError
 from service.gateway import Gateway
 from service.problems import UNFORESEEN, InternalError, error_body
 from service.sse import DONE, EventStream, encoded, event
+from service.straight import Straight
 
 Json = dict[str, Any]
 log = logging.getLogger(__name__)
-router = guarded(tags=["chat"])
+router = guarded(route_class=Straight, tags=["chat"])
 
 
 @router.post("/v1/chat/completions")
@@ -44,11 +45,11 @@ async def _answer(http: Request, context: Context, tenant: str, ask: Ask) -> Res
         room.check(context.settings)
     gateway = Gateway(context)
     if not ask.stream:
-        whole = await unless_gone(http, gateway.complete(tenant, ask))
+        whole = await unless_gone(http.receive, gateway.complete(tenant, ask))
         return Response(encoded(whole), media_type="application/json")
     head, parts = await gateway.stream(tenant, ask)
     # What fails before the first token is an HTTP error, not a broken stream.
-    first = await unless_gone(http, anext(parts))
+    first = await unless_gone(http.receive, anext(parts))
     return EventStream(_server_sent(head, first, parts))
 
 

@@ -22,10 +22,11 @@ from service.errors import PerennialError
 from service.gateway import Gateway
 from service.problems import UNFORESEEN, InternalError, from_validation
 from service.sse import EventStream, encoded, event
+from service.straight import Straight
 
 Json = dict[str, Any]
 log = logging.getLogger(__name__)
-router = guarded(tags=["chat"])
+router = guarded(route_class=Straight, tags=["chat"])
 
 
 @router.post("/v1/messages")
@@ -35,10 +36,10 @@ async def messages(request: MessagesRequest, http: Request, context: Ctx, tenant
     if ask.store:
         room.check(context.settings)
     if not ask.stream:
-        whole = await unless_gone(http, gateway.complete(tenant, ask))
+        whole = await unless_gone(http.receive, gateway.complete(tenant, ask))
         return Response(encoded(anthropic.message(whole)), media_type="application/json")
     head, parts = await gateway.stream(tenant, ask)
-    first = await unless_gone(http, anext(parts))
+    first = await unless_gone(http.receive, anext(parts))
     return EventStream(_events(anthropic.MessageStream(head), first, parts))
 
 

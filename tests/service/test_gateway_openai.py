@@ -62,7 +62,8 @@ def test_every_field_that_the_engine_takes_reaches_it(helper: Stack) -> None:
     fields: Json = {
         "n": 2, "frequency_penalty": 0.5, "presence_penalty": -0.5, "repetition_penalty": 1.1,
         "logit_bias": {"12": -100}, "stop_token_ids": [7], "include_stop_str_in_output": True, "min_tokens": 1,
-        "ignore_eos": True, "skip_special_tokens": False, "tools": TOOLS, "parallel_tool_calls": False,
+        "ignore_eos": True, "skip_special_tokens": False,
+        "spaces_between_special_tokens": False, "bad_words": ["never"], "tools": TOOLS, "parallel_tool_calls": False,
         "tool_choice": {"type": "function", "function": {"name": "weather"}}, "reasoning_effort": "low",
         "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}},
     }  # fmt: skip

@@ -46,7 +46,7 @@ CHATS: dict[str, Json] = {
     "penalised": {
         "messages": TALK[:2], "temperature": 0, "frequency_penalty": 1.0, "presence_penalty": 0.5,
         "repetition_penalty": 1.2, "logit_bias": {"16": 3}, "min_tokens": 8, "ignore_eos": True, "max_tokens": 12,
-        "skip_special_tokens": False,
+        "skip_special_tokens": False, "spaces_between_special_tokens": False, "bad_words": ["hot", "Zür"],
     },
     "three choices": {"messages": TALK[:2], "temperature": 1.0, "seed": 3, "n": 3, "max_tokens": 12},
 }  # fmt: skip

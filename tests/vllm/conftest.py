@@ -40,12 +40,36 @@ def make_vllm(tmp_path_factory: pytest.TempPathFactory) -> MakeServer:
     return make
 
 
-@pytest.fixture(scope="module")
-def vllm(make_vllm: MakeServer) -> Iterator[VllmServer]:
-    """One server for each module: services that other modules left behind do not talk to it."""
-    flags = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--enable-log-requests")
-    with make_vllm(flags=flags) as server:
-        yield server
+FLAGS = {
+    "vllm": ("--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--enable-log-requests"),
+    "second_vllm": ("--logprobs-mode", "processed_logprobs"),
+}
+
+
+@pytest.fixture(scope="package")
+def servers(request: pytest.FixtureRequest, make_vllm: MakeServer) -> Iterator[dict[str, VllmServer]]:
+    """Those that the tests of this run ask for, starting side by side: one start takes a core for up to a minute."""
+    asked = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
+    with ExitStack() as stack:
+        made = {name: make_vllm(flags=flags) for name, flags in FLAGS.items() if name in asked}
+        for server in made.values():
+            stack.callback(server.stop)
+            server.start()
+        yield made
+
+
+@pytest.fixture(scope="package")
+def vllm(servers: dict[str, VllmServer]) -> VllmServer:
+    """One server for all tests; each has a service, and adapters, of its own."""
+    servers["vllm"].wait_healthy()
+    return servers["vllm"]
+
+
+@pytest.fixture(scope="package")
+def second_vllm(servers: dict[str, VllmServer]) -> VllmServer:
+    """Another one, whose log-probs mean something else."""
+    servers["second_vllm"].wait_healthy()
+    return servers["second_vllm"]
 
 
 def stack_before(server: VllmServer, data_dir: Path, **settings: str) -> LocalStack:

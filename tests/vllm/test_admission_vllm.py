@@ -23,7 +23,7 @@ from service.local import LocalStack
 from tests.service.peft_files import encode, with_header
 from tests.vllm.server import VllmServer
 from tests.vllm.tenant import Answer, Tenant, arrays, config, long_prompt, weights
-from tests.vllm.test_swap import ours, wait_live, write_figures
+from tests.vllm.waits import ours, wait_live, write_figures
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 Serve = Callable[..., tuple[LocalStack, Tenant]]

@@ -76,7 +76,10 @@ def plain(chunk: Any, values: list[float]) -> Json:
 
 @pytest.mark.parametrize("name", CHATS)
 def test_openais_client_sees_in_a_stream_what_vllm_itself_sends(front: Front, name: str) -> None:
-    extra = {"top_k", "repetition_penalty", "min_tokens", "ignore_eos", "skip_special_tokens"}
+    extra = {
+        "top_k", "repetition_penalty", "min_tokens", "ignore_eos", "skip_special_tokens", "bad_words",
+        "spaces_between_special_tokens",
+    }  # fmt: skip
     body = {k: v for k, v in CHATS[name].items() if k not in extra}
     body |= {"logprobs": True, "top_logprobs": 2, "stream": True, "stream_options": {"include_usage": True}}
     body["extra_body"] = {k: v for k, v in CHATS[name].items() if k in extra}
@@ -231,13 +234,12 @@ def test_vllms_refusals_are_honest_errors(front: Front) -> None:
 
 
 def test_a_server_of_processed_log_probs_is_recognised(
-    make_vllm: Callable[..., VllmServer], make_front: Callable[[str], Front]
+    second_vllm: VllmServer, make_front: Callable[[str], Front]
 ) -> None:
     """Then the values are the policy that drew the answer, at any temperature."""
-    with make_vllm(flags=("--logprobs-mode", "processed_logprobs")) as server:
-        front = make_front(server.url)
-        body = {"messages": TALK[:2], "temperature": 0.7, "top_p": 0.9, "seed": 7, "max_tokens": 8}
-        row = front.kept(front.streamed("/v1/chat/completions", body)[0]["id"])
-        assert row["logprobs_mode"] == "processed_logprobs"
-        own = front.own("/v1/chat/completions", body)["choices"][0]
-        assert row["logprobs"] == pytest.approx([e["logprob"] for e in own["logprobs"]["content"]], abs=2e-5)
+    front = make_front(second_vllm.url)
+    body = {"messages": TALK[:2], "temperature": 0.7, "top_p": 0.9, "seed": 7, "max_tokens": 8}
+    row = front.kept(front.streamed("/v1/chat/completions", body)[0]["id"])
+    assert row["logprobs_mode"] == "processed_logprobs"
+    own = front.own("/v1/chat/completions", body)["choices"][0]
+    assert row["logprobs"] == pytest.approx([e["logprob"] for e in own["logprobs"]["content"]], abs=2e-5)

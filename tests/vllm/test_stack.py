@@ -18,6 +18,7 @@ from service.db.engine import Database
 from service.db.tables import Rollout
 from tests.e2e.conftest import Running
 from tests.vllm.server import VllmServer
+from tests.vllm.waits import ours
 
 HELDOUT = heldout_tasks(40)
 QUESTION = [{"role": "user", "content": "capital of peru?"}]
@@ -74,10 +75,10 @@ def direct(vllm: VllmServer, model: str, messages: list[dict[str, str]]) -> dict
     return found
 
 
-def loaded(vllm: VllmServer) -> dict[str, str]:
-    """Adapters that vLLM lists: name to directory."""
-    listed = httpx2.get(f"{vllm.url}/v1/models").json()["data"]
-    return {m["id"]: m["root"] for m in listed if m.get("parent")}
+def loaded(vllm: VllmServer, running: Running, n: int) -> tuple[str, str]:
+    """Name and directory of this service's only adapter in version `n`, as vLLM lists it."""
+    (name,) = (name for name in ours(vllm, running.stack) if name.endswith(f"-v{n}"))
+    return name, vllm.models()[name]
 
 
 def test_the_server_is_several_processes_that_are_measured_together(vllm: VllmServer) -> None:
@@ -92,7 +93,7 @@ def test_vllm_serves_what_was_taught(lesson: Lesson) -> None:
 
 def test_rollouts_hold_vllms_own_tokens_and_log_probs(vllm: VllmServer, vllm_running: Running, lesson: Lesson) -> None:
     reply = vllm_running.client.chat("pupil", QUESTION[0]["content"], temperature=0)
-    served = next(name for name in loaded(vllm) if name.endswith(f"-v{BATCHES}"))
+    served, _ = loaded(vllm, vllm_running, BATCHES)
     own = direct(vllm, served, QUESTION)
     database = Database(f"sqlite:///{vllm_running.stack.data / 'perennial.db'}")
     try:
@@ -145,7 +146,7 @@ def test_a_version_is_downloaded_as_vllm_loaded_it(vllm: VllmServer, vllm_runnin
     assert answer.status_code == 200
     archive = zipfile.ZipFile(io.BytesIO(answer.content))
     vllm_running.client.chat("pupil", "hi")  # served, hence loaded
-    (directory,) = {root for name, root in loaded(vllm).items() if name.endswith(f"-v{BATCHES}")}
+    _, directory = loaded(vllm, vllm_running, BATCHES)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         with open(f"{directory}/{name}", "rb") as file:
             assert archive.read(name) == file.read()

@@ -1,11 +1,12 @@
 """New versions under load, on a real vLLM: no request fails, none is answered by two versions.
 
-The report build/reports/swap.json is written by the first test; `make check-swap` runs it alone.
+The first test writes build/reports/swap.json; `make check-swap` runs it alone, for a whole minute.
 """
 
 from __future__ import annotations
 
-import json
+import os
+import sqlite3
 import threading
 import time
 from collections.abc import Callable
@@ -18,27 +19,15 @@ import pytest
 from service.local import LocalStack
 from tests.vllm.server import VllmServer, resident
 from tests.vllm.tenant import Answer, Tenant, long_prompt, weights
+from tests.vllm.waits import ours, wait_live, write_figures
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 Serve = Callable[..., tuple[LocalStack, Tenant]]
-REPORT = Path(__file__).parents[2] / "build" / "reports" / "swap.json"
-CLIENTS, SECONDS, EVERY = 8, 60.0, 3.0
+CLIENTS, EVERY = 8, 3.0
+SECONDS = float(os.environ.get("PERENNIAL_SWAP_SECONDS", "21"))
+"""A share of the minute that `make check-swap` runs."""
 SWAPS = SECONDS / EVERY - 1
 TOKENS = 40
-
-
-def wait_live(tenant: Tenant, name: str, n: int, timeout: float = 120.0) -> None:
-    until = time.monotonic() + timeout
-    while tenant.live(name) != n:
-        assert time.monotonic() < until, f"version {n} of {name} was not served in {timeout:.0f} s"
-        time.sleep(0.02)
-
-
-def wait_for(what: Callable[[], bool], seconds: float = 120.0) -> None:
-    until = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < until
-        time.sleep(0.1)
 
 
 Truth = tuple[list[int], list[float]]
@@ -85,13 +74,11 @@ def apart(a: Truth, b: Truth) -> float:
 
 def _roots(data: Path) -> dict[int, str]:
     """Directory of every version, read from the database."""
-    import sqlite3
-
     with sqlite3.connect(data / "perennial.db") as rows:
         return {n: str(data / "adapters" / uri / "adapter") for n, uri in rows.execute("SELECT n, uri FROM versions")}
 
 
-def test_sixty_seconds_of_streams_and_a_new_version_every_three(vllm: VllmServer, serve: Serve) -> None:
+def test_streams_and_a_new_version_every_three_seconds(vllm: VllmServer, serve: Serve) -> None:
     stack, tenant = serve(perennial_drain_seconds="1")
     tenant.create("h")
     wait_live(tenant, "h", tenant.upload("h", weights(0)))
@@ -123,25 +110,21 @@ def test_sixty_seconds_of_streams_and_a_new_version_every_three(vllm: VllmServer
     good = [a for a in answers if not a.error]
     truth = replay(vllm, stack.data, {(a.version, a.prompt) for a in good})
     mixed = [a for a in good if apart((a.token_ids, a.logprobs), truth[a.version, a.prompt]) > SAME]
-    write_report(requests=len(answers), failed=len(failed), mixed=len(mixed), swaps=swaps, seconds=round(seconds, 1))
+    counts = {"requests": len(answers), "failed": len(failed), "mixed": len(mixed), "swaps": swaps}
+    write_figures("swap", counts | {"seconds": round(seconds, 1)})
     assert not failed, failed[0]
     assert not mixed, (mixed[0], truth[mixed[0].version, mixed[0].prompt])
     # The check itself can see a mix: any other version would have said something else, or less or more surely.
     for prompt in prompts:
         said = [truth[key] for key in truth if key[1] == prompt]
         assert all(apart(a, b) > OTHER for i, a in enumerate(said) for b in said[:i])
-    counts = {len(_prompt_ids(tenant, p)) for p in prompts}
-    assert min(counts) > 256, "longer than two blocks of the CPU build"
+    lengths = {len(_prompt_ids(tenant, p)) for p in prompts}
+    assert min(lengths) > 256, "longer than two blocks of the CPU build"
 
 
 def _prompt_ids(tenant: Tenant, prompt: str) -> list[int]:
     body = {"model": "h", "messages": [{"role": "user", "content": prompt}], "max_tokens": 1, "return_token_ids": True}
     return list(tenant.ok("POST", "/v1/chat/completions", json=body)["prompt_token_ids"])
-
-
-def write_report(**figures: float) -> None:
-    REPORT.parent.mkdir(parents=True, exist_ok=True)
-    REPORT.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def test_a_hundred_versions_leave_nothing_behind(vllm: VllmServer, serve: Serve) -> None:
@@ -171,116 +154,6 @@ def test_a_hundred_versions_leave_nothing_behind(vllm: VllmServer, serve: Serve)
     assert tenant.ask("h@v1", "which boat is it?", 8).status == 410
 
 
-def ours(vllm: VllmServer, stack: LocalStack) -> list[str]:
-    """What this service has loaded: the server is shared, and each service leaves the others' adapters alone."""
-    return [name for name, root in vllm.models().items() if root.startswith(f"{stack.data}/")]
-
-
 def directories(stack: LocalStack) -> list[Path]:
     """Version directories on disk."""
     return list((stack.data / "adapters").glob("adp_*/run_*"))
-
-
-def write_figures(name: str, figures: object) -> None:
-    path = REPORT.with_name(f"{name}.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(figures, indent=1) + "\n")
-
-
-def test_cached_prefixes_of_one_version_never_answer_for_another(vllm: VllmServer, serve: Serve) -> None:
-    """The same long prompt before and after a swap, then the same versions on a server that has cached nothing."""
-    _, tenant = serve(perennial_drain_seconds="0")
-    tenant.create("h")
-    wait_live(tenant, "h", tenant.upload("h", weights(31)))
-    prompt = long_prompt(3)
-    before = tenant.ask("h", prompt, TOKENS)
-    hits = vllm.metric("vllm:prefix_cache_hits_total")
-    assert tenant.ask("h", prompt, TOKENS).token_ids == before.token_ids
-    assert vllm.metric("vllm:prefix_cache_hits_total") >= hits + 256, "the cache was in use"
-    wait_live(tenant, "h", tenant.upload("h", weights(32)))
-    after = tenant.ask("h", prompt, TOKENS)
-    assert (before.version, after.version) == (1, 2)
-    vllm.stop(force=True)
-    vllm.start()
-    vllm.wait_healthy()
-    fresh = {n: answered(tenant, f"h@v{n}", prompt) for n in (2, 1)}
-    assert fresh[1].token_ids == before.token_ids
-    assert fresh[2].token_ids == after.token_ids
-    assert before.token_ids != after.token_ids
-    assert vllm.metric("vllm:prefix_cache_hits_total") < 256, "the fresh server had nothing to reuse"
-
-
-def answered(tenant: Tenant, model: str, prompt: str) -> Answer:
-    """The first answer that is not a 503."""
-    until = time.monotonic() + 180
-    while (answer := tenant.ask(model, prompt, TOKENS)).status == 503 and time.monotonic() < until:
-        time.sleep(0.2)
-    assert not answer.error, answer
-    return answer
-
-
-def test_an_engine_killed_under_load_comes_back_by_itself(vllm: VllmServer, serve: Serve) -> None:
-    _, tenant = serve()
-    names = ["a", "b", "c"]
-    for i, name in enumerate(names):
-        tenant.create(name)
-        wait_live(tenant, name, tenant.upload(name, weights(60 + i)))
-    prompt = long_prompt(5, words=60)
-    truth = {name: tenant.ask(name, prompt, 12).token_ids for name in names}
-    seen: list[tuple[float, str, httpx2.Response]] = []
-    over = threading.Event()
-
-    def client(name: str) -> None:
-        body = {
-            "model": name, "messages": [{"role": "user", "content": prompt}], "max_tokens": 12, "temperature": 0,
-            "return_token_ids": True, "store": False,
-        }  # fmt: skip
-        while not over.is_set():
-            answer = tenant.send("POST", "/v1/chat/completions", json=body)
-            seen.append((time.monotonic(), name, answer))
-            if answer.status_code != 200:
-                time.sleep(0.05)
-
-    def answered_since(moment: float) -> set[str]:
-        return {name for at, name, answer in list(seen) if at > moment and answer.status_code == 200}
-
-    with ThreadPoolExecutor(4) as pool:
-        running = [pool.submit(client, name) for name in [*names, "a"]]
-        try:
-            wait_for(lambda: len(seen) > 8)
-            killed = time.monotonic()
-            vllm.stop(force=True)
-            mark = vllm.logged()  # what comes behind it was written by the next server
-            wait_for(lambda: any(answer.status_code != 200 for *_, answer in seen))
-            vllm.start()
-            vllm.wait_healthy()
-            ready = time.monotonic()
-            wait_for(lambda: answered_since(ready) == set(names))
-            whole = time.monotonic()
-            wait_for(lambda: sum(at > whole for at, *_ in seen) > 24)
-        finally:
-            over.set()
-        for done in running:
-            done.result()
-    wrong = [(name, a.text) for _, name, a in seen if a.status_code == 200 and ids_of(a) != truth[name]]
-    assert wrong == []
-    refused = [(at, a) for at, _, a in seen if a.status_code != 200]
-    assert refused, "it was down"
-    assert {a.status_code for _, a in refused} == {503}
-    assert all(int(a.headers["retry-after"]) > 0 for _, a in refused)
-    assert {a.json()["error"]["code"] for _, a in refused} <= {"engine_unavailable"}
-    # Requests in flight at the kill were sent before it and answered after it.
-    assert min(at for at, _ in refused) >= killed
-    assert max(at for at, _ in refused) < whole, "once it is back it stays"
-    loads_before_traffic(vllm.log_from(mark), len(names))
-
-
-def ids_of(answer: httpx2.Response) -> list[int]:
-    return list(answer.json()["choices"][0]["token_ids"])
-
-
-def loads_before_traffic(log: str, count: int) -> None:
-    """By vLLM's own access log: every live version was loaded before the first chat."""
-    calls = [line for line in log.splitlines() if '"POST /v1/' in line and "200 OK" in line]
-    first_chat = next(i for i, line in enumerate(calls) if "/v1/chat/completions" in line)
-    assert sum("/v1/load_lora_adapter" in line for line in calls[:first_chat]) >= count, calls[:20]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from service.local import LocalStack
 from tests.vllm.conftest import stack_before
 from tests.vllm.server import VllmServer, wait_engine
 from tests.vllm.tenant import Answer, Tenant, weights
-from tests.vllm.test_swap import loads_before_traffic, wait_for, wait_live
+from tests.vllm.waits import loads_before_traffic, ours, wait_for, wait_live
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 NAMES = ["a", "b"]
@@ -30,15 +30,9 @@ BRISK, GENTLE = 0.05, 0.5
 
 
 @pytest.fixture
-def pair(make_vllm: Callable[..., VllmServer]) -> Iterator[tuple[VllmServer, VllmServer]]:
-    servers = make_vllm(), make_vllm()
-    with ExitStack() as stack:
-        for server in servers:
-            stack.callback(server.stop)
-            server.start()
-        for server in servers:
-            server.wait_healthy()
-        yield servers
+def pair(second_vllm: VllmServer, vllm: VllmServer) -> tuple[VllmServer, VllmServer]:
+    """The first is the one that dies."""
+    return second_vllm, vllm
 
 
 @contextmanager
@@ -97,9 +91,9 @@ class Load:
                 client.result()
 
 
-def holding(server: VllmServer, n: int) -> int:
-    """How many adapters this server has in version n."""
-    return sum(name.endswith(f"-v{n}") for name in server.models())
+def holding(server: VllmServer, stack: LocalStack, n: int) -> int:
+    """How many adapters of this service the server has in version n."""
+    return sum(name.endswith(f"-v{n}") for name in ours(server, stack))
 
 
 def answered(server: VllmServer) -> float:
@@ -110,11 +104,11 @@ def test_one_of_two_servers_dies_under_load_and_comes_back_whole(
     pair: tuple[VllmServer, VllmServer], tmp_path: Path
 ) -> None:
     dying, other = pair
-    with before(pair, tmp_path / "data") as (_, tenant):
+    with before(pair, tmp_path / "data") as (stack, tenant):
         for i, name in enumerate(NAMES):
             tenant.create(name)
             wait_live(tenant, name, tenant.upload(name, weights(80 + i)))
-        wait_for(lambda: all(holding(server, 1) == len(NAMES) for server in pair))
+        wait_for(lambda: all(holding(server, stack, 1) == len(NAMES) for server in pair))
         load, counts = Load(tenant), [answered(server) for server in pair]
         with load.running():
             wait_for(lambda: all(answered(s) > before + 2 for s, before in zip(pair, counts, strict=True)))
@@ -127,9 +121,9 @@ def test_one_of_two_servers_dies_under_load_and_comes_back_whole(
             dying.wait_healthy()
             load.pause = BRISK
             wait_for(lambda: '"POST /v1/chat/completions' in dying.log_from(mark))
-            wait_for(lambda: holding(dying, 2) == 1)
+            wait_for(lambda: holding(dying, stack, 2) == 1)
         check(load, killed)
-        assert holding(dying, 2) == holding(other, 2) == 1
+        assert holding(dying, stack, 2) == holding(other, stack, 2) == 1
         loads_before_traffic(dying.log_from(mark), len(NAMES))
         truth = {
             (model, prompt): tenant.ask(model, prompt, TOKENS).token_ids

@@ -24,7 +24,8 @@ def test_raw_values_are_the_policy_where_nothing_changed_the_distribution(sampli
 @pytest.mark.parametrize(
     "change",
     [{"temperature": 0.7}, {"top_p": 0.9}, {"top_k": 20}, {"min_p": 0.1}, {"repetition_penalty": 1.1},
-     {"frequency_penalty": 0.5}, {"presence_penalty": 0.5}, {"logit_bias": {"1": 5}}, {"min_tokens": 4}],
+     {"frequency_penalty": 0.5}, {"presence_penalty": 0.5}, {"logit_bias": {"1": 5}}, {"min_tokens": 4},
+     {"bad_words": ["no"]}],
 )  # fmt: skip
 def test_what_changes_the_distribution_makes_raw_values_another_policy(change: dict[str, Any]) -> None:
     assert not is_policy("raw_logprobs", PLAIN | change)

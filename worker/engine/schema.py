@@ -27,6 +27,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "echo": (False,),
     "include_stop_str_in_output": (False,),
     "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
     "add_generation_prompt": (True,),
     "continue_final_message": (False,),
     "add_special_tokens": (False,),
