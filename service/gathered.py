@@ -95,7 +95,8 @@ class Gathered(Generic[T, R]):
         if self._patience and not self._closed and len(self._waiting) < self._last:
             self._enough.clear()
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._enough.wait(), self._patience)
+                async with asyncio.timeout(self._patience):
+                    await self._enough.wait()
 
     def _next_group(self) -> tuple[list[T], list[asyncio.Future[R]]]:
         members: list[T] = []
