@@ -12,7 +12,9 @@ from typing import Literal, get_args
 from sdpo_core.batch_checks import check_readable, listed_samples
 from sdpo_core.errors import OptionError
 from sdpo_core.path_choice import out_of_memory, release_memory
+from sdpo_core.ranks import LONE, Ranks
 from sdpo_core.samples import Sample, micro_batches
+from sdpo_core.sharing import written_by_all
 from sdpo_core.writing import Writer, teacher_written
 
 Rollouts = Literal["own", "teacher", "both"]
@@ -29,6 +31,7 @@ def learnt_from(
     batch_tokens: int = 8192,
     should_stop: Callable[[], bool] | None = None,
     on_written: Callable[[int], None] | None = None,
+    ranks: Ranks = LONE,
 ) -> list[Sample]:
     """What `train_batch` is to be given: entry i is for samples[i], and with `both` the teacher's answers follow.
 
@@ -37,8 +40,8 @@ def learnt_from(
     not reach its end is not learnt: with `teacher` the student's own stays in its place. `batch_tokens`: rows times
     longest prompt and answer of what is decoded together, one answer at least; half as many after a lack of memory.
     `on_written` hears after each group how many are done. Once `should_stop` is true, asked at each token, nothing
-    more is written. Raises OptionError for another name, ContextTooLong and SampleError for samples that the model
-    cannot read.
+    more is written. `ranks`: several processes that share the writing; all get the same (`sharing.written_by_all`).
+    Raises OptionError for another name, ContextTooLong and SampleError for samples that the model cannot read.
     """
     if rollouts not in get_args(Rollouts):
         raise OptionError("rollouts", f"must be one of {', '.join(get_args(Rollouts))}")
@@ -48,9 +51,12 @@ def learnt_from(
     if rollouts == "own" or not live:
         return list(samples)
     limit = max_new_tokens or 2 * max(len(samples[i].response_ids) for i in live) + MARGIN
-    groups = _Groups(policy, limit, batch_tokens, should_stop, on_written)
-    written = groups.write([samples[i] for i in live])
-    ended = {i: s for i, s in zip(live, written, strict=False) if s.response_ids[-1] in policy.ends}
+
+    def write(wanted: list[Sample], stop: Callable[[], bool] | None) -> list[Sample]:
+        return _Groups(policy, limit, batch_tokens, stop, on_written).write(wanted)
+
+    written = written_by_all(ranks, {i: samples[i] for i in live}, write, should_stop)
+    ended = {i: s for i, s in written.items() if s.response_ids[-1] in policy.ends}
     if rollouts == "both":
         return [*samples, *ended.values()]
     return [ended.get(i, sample) for i, sample in enumerate(samples)]
