@@ -171,13 +171,14 @@ class _Run:
         """Forward and backward of this rank's micro-batches; their gradient is in the parameters."""
         self.optimizer.zero_grad(set_to_none=True)
         sums = Sums()
+        fillers = self.shared.fillers(path)  # asked before the first forward pass, which is a common act as well
         for rows in self.shared.groups(path):
             part = self._part(rows)
             terms = path.backward(part)
             self._remember(rows, terms.logp)
             mask_BT = pad_rows([torch.ones(len(s.response_ids), device=terms.logp.device) for s in part.samples]) > 0
             sums.add(terms, mask_BT, torch.tensor(part.weights, device=terms.logp.device), self.options.is_clip)
-        for rows in self.shared.fillers(path):
+        for rows in fillers:
             path.backward(replace(self._part(rows), weights=[0.0] * len(rows)))
         return sums
 

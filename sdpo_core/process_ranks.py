@@ -58,7 +58,7 @@ def join(store_descriptor: int | None = None, *, lockstep: bool = False) -> Proc
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = dist.TCPStore(  # type: ignore[attr-defined]
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, rank == 0,
-        timeout=FOREVER, master_listen_fd=store_descriptor,
+        timeout=FOREVER, master_listen_fd=store_descriptor if rank == 0 else None,
     )  # fmt: skip
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "cpu:gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=FOREVER)

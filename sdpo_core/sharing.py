@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
@@ -67,15 +67,14 @@ class SharedScorer:
         """This rank's micro-batches: row numbers of the whole batch."""
         return [[self.rows[i] for i in group] for group in path.groups(self.own)] if self.rows else []
 
-    def fillers(self, path: Path) -> Iterator[list[int]]:
+    def fillers(self, path: Path) -> list[list[int]]:
         """Micro-batches to run for nothing, with weight 0, so that every rank in lockstep runs as many as the others:
         the shortest answer of the batch. None otherwise. Asks the other ranks."""
         if not self.ranks.lockstep:
-            return
+            return []
         ours = len(self.groups(path))
         shortest = min(range(len(self.live)), key=lambda r: self.live[r].student_length)
-        for _ in range(max(self.ranks.gathered(ours)) - ours):
-            yield [shortest]
+        return [[shortest]] * (max(self.ranks.gathered(ours)) - ours)
 
 
 def written_by_all(

@@ -29,6 +29,7 @@ from sdpo_core.loop import train_batch
 from sdpo_core.lora import LoraPolicy, LoraSpec, attached, save_lora
 from sdpo_core.optimizer import load_optimizer, make_optimizer, save_optimizer
 from sdpo_core.options import Options
+from sdpo_core.ranks import from_first
 from sdpo_core.report import BatchResult, StepMetrics
 from sdpo_core.rollouts import learnt_from
 from sdpo_core.samples import Sample
@@ -40,10 +41,11 @@ from worker.card import write_card, write_provenance
 from worker.errors import StoppedError, TrainingFailedError
 from worker.items import probes_of, samples_of, untold_prompts
 from worker.mapping import lora_of, options_of, wire_metrics
-from worker.messages import Done, Previewed, Progress, Step
+from worker.messages import Done, Followed, Previewed, Progress, Step
 from worker.parent import base_mismatch, verified_parent
 from worker.plan import planned
 from worker.preview import preview_of
+from worker.ranks import check_alike, follows
 from worker.versions import clear_leftovers, create_staging, directory_of, publish, staging_of
 
 log = logging.getLogger(__name__)
@@ -63,11 +65,14 @@ class _Prepared:
     """One per item."""
 
 
-def run_job(lease: Lease, base: BaseModel, root: Path, *, report: Report, should_stop: Callable[[], bool]) -> Done:
+def run_job(
+    lease: Lease, base: BaseModel, root: Path, *, report: Report, should_stop: Callable[[], bool]
+) -> Done | Followed:
     """Train the lease's batch on its parent and put the version under its final name.
 
     Raises TrainingFailedError with a code for the service, and StoppedError when `should_stop` says so between steps.
-    The base model comes back bit-identical either way.
+    The base model comes back bit-identical either way. Of several ranks the first one judges and writes; the others are
+    done once the weights are (see worker.ranks).
     """
     with _named_failures():
         job = _prepare(lease, base, root)
@@ -79,11 +84,15 @@ def run_job(lease: Lease, base: BaseModel, root: Path, *, report: Report, should
             optimizer, ema = _optimizer(policy, job), _moving_average(policy, job)
             started = time.monotonic()
             batch = _batch(policy, job, base, report, should_stop)
-            result = _train(policy, optimizer, ema, batch, report, should_stop)
+            result = _train(policy, optimizer, ema, batch, base, report, should_stop)
             seconds = time.monotonic() - started
+            if follows(base.ranks):
+                return Followed(run_id=lease.run_id)
             report(Progress(run_id=lease.run_id, phase="writing", step=len(result.steps), steps=job.options.steps))
             after = score(policy, canary)
             standing = _standing(policy, job, base)
+            if base.ranks.rank > 0:
+                return Followed(run_id=lease.run_id)
             files = _write(policy, optimizer, ema, job, root, len(standing))
     return Done(
         run_id=lease.run_id,
@@ -96,11 +105,13 @@ def run_job(lease: Lease, base: BaseModel, root: Path, *, report: Report, should
     )
 
 
-def run_preview(lease: Lease, base: BaseModel, root: Path, *, report: Report) -> Previewed:
+def run_preview(lease: Lease, base: BaseModel, root: Path, *, report: Report) -> Previewed | Followed:
     """What the lease's batch would teach its parent. No gradient; nothing is written, nothing moves.
 
     Raises TrainingFailedError with a code for the service.
     """
+    if follows(base.ranks):
+        return Followed(run_id=lease.run_id)
     with _named_failures():
         job = _prepare(lease, base, root)
         report(Progress(run_id=lease.run_id, phase="scoring"))
@@ -110,6 +121,8 @@ def run_preview(lease: Lease, base: BaseModel, root: Path, *, report: Report) ->
         with attached(base.module, source) as policy:
             ema = _moving_average(policy, job)
             shown = explain(policy, base.tokenizer, job.samples, options, ema=ema, untold_prompts=untold)
+    if base.ranks.rank > 0:
+        return Followed(run_id=lease.run_id)
     return Previewed(run_id=lease.run_id, preview=preview_of(lease, shown, base.tokenizer))
 
 
@@ -120,14 +133,21 @@ def _prepare(lease: Lease, base: BaseModel, root: Path) -> _Prepared:
         staging_of(root, lease.adapter_id, lease.run_id, lease.token)
     except ValueError as error:
         raise TrainingFailedError("bad_lease", str(error), retryable=False) from error
-    clear_leftovers(root, lease.adapter_id, lease.token)
+    if base.ranks.rank == 0:  # who writes clears up
+        clear_leftovers(root, lease.adapter_id, lease.token)
     samples = samples_of(lease, base)
     return _Prepared(
         lease=lease,
-        options=planned(options_of(lease.training), base, samples, lease.lora.rank),
+        options=_planned(options_of(lease.training), base, samples, lease),
         parent=verified_parent(root, lease),
         samples=samples,
     )
+
+
+def _planned(options: Options, base: BaseModel, samples: list[Sample], lease: Lease) -> Options:
+    """The first rank's plan, for all. A preview is the first one's alone unless the base is sharded."""
+    plan = planned(options, base, samples, lease.lora.rank)
+    return plan if lease.kind == "preview" and not base.ranks.lockstep else from_first(base.ranks, plan)
 
 
 def _fresh_lora(lease: Lease, base: BaseModel) -> LoraSpec:
@@ -174,8 +194,9 @@ def _batch(
         batch_tokens=job.options.micro_batch_tokens,
         should_stop=should_stop,
         on_written=told,
+        ranks=base.ranks,
     )
-    return replace(job, samples=learnt, options=planned(job.options, base, learnt, lease.lora.rank))
+    return replace(job, samples=learnt, options=_planned(job.options, base, learnt, lease))
 
 
 def _train(
@@ -183,6 +204,7 @@ def _train(
     optimizer: AdamW,
     ema: EmaTeacher | None,
     job: _Prepared,
+    base: BaseModel,
     report: Report,
     should_stop: Callable[[], bool],
 ) -> BatchResult:
@@ -193,7 +215,9 @@ def _train(
         report(Progress(run_id=run_id, phase="training", step=step.step, steps=steps))
 
     report(Progress(run_id=run_id, phase="scoring", steps=steps))
-    result = train_batch(policy, optimizer, job.samples, job.options, ema=ema, on_step=on_step, should_stop=should_stop)
+    result = train_batch(
+        policy, optimizer, job.samples, job.options, ema=ema, on_step=on_step, should_stop=should_stop, ranks=base.ranks
+    )
     if result.stop_reason == "cancelled":
         raise StoppedError
     if result.skipped_non_finite and result.skipped_non_finite == len(result.steps):
@@ -201,6 +225,7 @@ def _train(
     for name, parameter in policy.trainable():
         if not bool(torch.isfinite(parameter).all()):
             raise _diverged(f"{name} is not finite after the last step")
+    check_alike(policy, base.ranks)
     for warning in result.warnings:
         log.warning("run %s: %s", run_id, warning)
     return result

@@ -14,15 +14,18 @@ import socket
 import sys
 from asyncio.subprocess import DEVNULL, Process
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 from api_schemas.worker import Lease
-from worker.errors import TrainerDiedError, TrainerUnavailableError
+from worker.errors import PEER_LOST, TrainerDiedError, TrainerUnavailableError
+from worker.followers import Followers, meeting_place
 from worker.messages import Failed, Outcome, Progress, Ready, Step, Stop, Train, frame, read_event
 from worker.settings import WorkerSettings
 
 log = logging.getLogger(__name__)
 Listener = Callable[[Progress | Step], None]
+PEER_SECONDS = 0.5
 SECRETS = ("PERENNIAL_WORKER_TOKEN", "PERENNIAL_WORKER_TOKEN_FILE")
 
 
@@ -31,6 +34,8 @@ class _Run:
     run_id: str
     listener: Listener
     outcome: asyncio.Future[Outcome]
+    answer: Outcome | None = None
+    """The first rank's, while others are still at it."""
 
 
 @dataclass
@@ -38,9 +43,12 @@ class _Running:
     process: Process
     writer: asyncio.StreamWriter
     ready: asyncio.Future[Ready]
+    followers: Followers
     listening: asyncio.Task[None] = field(init=False)
     unwanted: bool = False
     """We end it ourselves: that it dies says nothing about the machine."""
+    cause: str = ""
+    """Why it was ended, where another rank died first."""
 
 
 class TrainerProcess:
@@ -76,7 +84,7 @@ class TrainerProcess:
         finally:
             if run.outcome.done():
                 self._run = None
-        if isinstance(outcome, Failed) and outcome.poisoned:
+        if isinstance(outcome, Failed) and (outcome.poisoned or not await self._all_idle(run)):
             await self.kill()
         return outcome
 
@@ -97,8 +105,18 @@ class TrainerProcess:
             if child.process.returncode is None:
                 child.unwanted = True
                 child.process.kill()
+            await child.followers.kill()
             await child.listening
         self._forget_run()
+
+    async def _all_idle(self, run: _Run) -> bool:
+        """After a failure: whether every rank has come to an end of its own soon. One that waits for another has not."""
+        deadline = asyncio.get_running_loop().time() + self._settings.stop_grace_seconds
+        while self._child is not None and asyncio.get_running_loop().time() < deadline:
+            if run.answer is not None and self._child.followers.done(run.run_id):
+                return True
+            await asyncio.sleep(0.02)
+        return self._child is None
 
     def _forget_run(self) -> None:
         if self._run is not None and self._run.outcome.done() and not self._run.outcome.cancelled():
@@ -107,44 +125,55 @@ class TrainerProcess:
 
     async def _start(self) -> _Running:
         ours, theirs = socket.socketpair()
-        with theirs:
+        store, environment = meeting_place(self._settings.ranks, _environment(os.environ))
+        with theirs, store or nullcontext():
+            handed = (theirs.fileno(), *((store.fileno(),) if store else ()))
             process = await asyncio.create_subprocess_exec(
-                *self._argv(theirs.fileno()),
+                *self._argv(*handed),
                 stdin=DEVNULL,
                 stdout=2,  # what libraries print joins the log
-                pass_fds=(theirs.fileno(),),
-                env=_environment(os.environ),
+                pass_fds=handed,
+                env=environment,
                 start_new_session=True,  # Ctrl-C is the supervisor's to handle
             )
         reader, writer = await asyncio.open_unix_connection(sock=ours)
         ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
-        child = _Running(process, writer, ready)
+        child = _Running(process, writer, ready, Followers(self._settle, lambda *how: self._follower_died(child, *how)))
         child.listening = asyncio.create_task(self._listen(child, reader))
+        await child.followers.start(lambda _, channel: self._argv(channel), self._settings.ranks, environment)
         log.info("training process started pid=%d", process.pid)
         return child
 
-    def _argv(self, channel: int) -> list[str]:
+    def _argv(self, channel: int, store: int | None = None) -> list[str]:
         s = self._settings
-        flags = {
-            "--channel-fd": channel,
-            "--parent-pid": os.getpid(),
-            "--model": s.model,
-            "--base-model": s.base_model,
-            "--adapters-root": s.adapters_root,
-            "--device": s.device,
-            "--dtype": s.dtype,
-            "--quantise": s.quantise,
-            "--batch-tokens": s.batch_tokens,
-        } | ({"--threads": s.threads} if s.threads else {})
-        return [sys.executable, "-m", "worker.child", *(str(word) for pair in flags.items() for word in pair)]
+        flags = (
+            {
+                "--channel-fd": channel,
+                "--parent-pid": os.getpid(),
+                "--model": s.model,
+                "--base-model": s.base_model,
+                "--adapters-root": s.adapters_root,
+                "--device": s.device,
+                "--dtype": s.dtype,
+                "--quantise": s.quantise,
+                "--batch-tokens": s.batch_tokens,
+                "--ranks": s.ranks,
+            }
+            | ({"--threads": s.threads} if s.threads else {})
+            | ({} if store is None else {"--store-fd": store})
+        )
+        words = [str(word) for pair in flags.items() for word in pair]
+        return [sys.executable, "-m", "worker.child", *words, *(["--shard"] if s.shard else [])]
 
     async def _send(self, message: Train | Stop) -> None:
         assert self._child is not None  # noqa: S101 - callers hold a run
+        child = self._child
         try:
-            self._child.writer.write(frame(message))
-            await self._child.writer.drain()
+            child.writer.write(frame(message))
+            await child.writer.drain()
         except ConnectionError:
             pass  # it died: `_listen` says so where somebody waits
+        await child.followers.send(message)
 
     async def _listen(self, child: _Running, reader: asyncio.StreamReader) -> None:
         process, ready = child.process, child.ready
@@ -159,7 +188,11 @@ class TrainerProcess:
             child.unwanted = True
             process.kill()
         child.writer.close()
-        died = TrainerDiedError(_epitaph(await process.wait(), child.unwanted))
+        status = await process.wait()
+        if status == PEER_LOST and not child.unwanted:
+            await asyncio.sleep(PEER_SECONDS)  # who went first is about to be heard of
+        child.followers.end()
+        died = TrainerDiedError(child.cause or _epitaph(status, child.unwanted))
         log.info("training process gone pid=%d: %s", process.pid, died)
         if not ready.done():
             ready.set_exception(died)
@@ -174,7 +207,26 @@ class TrainerProcess:
         if isinstance(event, Progress | Step):
             run.listener(event)
         else:
-            run.outcome.set_result(event)
+            run.answer = event
+            self._settle(run.run_id, event if isinstance(event, Failed) else None)
+
+    def _settle(self, run_id: str, failed: Failed | None) -> None:
+        """One rank has come to its end of a run: the run is over with the last of them, or with a failure of any."""
+        run = self._run
+        if run is None or run.run_id != run_id or run.outcome.done():
+            return
+        if failed is not None:
+            run.outcome.set_result(failed)
+        elif run.answer is not None and self._child is not None and self._child.followers.done(run_id):
+            run.outcome.set_result(run.answer)
+
+    def _follower_died(self, child: _Running, rank: int, status: int) -> None:
+        """Nothing can be done without it: the first rank goes as well, and says why."""
+        if status != PEER_LOST:
+            child.cause = child.cause or f"of rank {rank}: {_epitaph(status, unwanted=False)}"
+        if child.process.returncode is None:
+            child.process.kill()
+        child.followers.end()
 
 
 def _environment(environment: Mapping[str, str]) -> dict[str, str]:
