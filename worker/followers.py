@@ -16,7 +16,7 @@ from asyncio.subprocess import DEVNULL, Process
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from worker.messages import Failed, Followed, Outcome, Progress, Ready, Step, Stop, Train, frame, read_event
+from worker.messages import Failed, Followed, Outcome, Progress, Ready, Step, Stop, Stopped, Train, frame, read_event
 
 log = logging.getLogger(__name__)
 LOOPBACK = "127.0.0.1"
@@ -96,7 +96,7 @@ class Followers:
             self.on_death(member.rank, status)
 
     def _hear(self, event: Ready | Progress | Step | Outcome) -> None:
-        if isinstance(event, Followed | Failed) and event.run_id in self.answered:
+        if isinstance(event, Followed | Failed | Stopped) and event.run_id in self.answered:
             self.answered[event.run_id] += 1
             self.on_answer(event.run_id, event if isinstance(event, Failed) else None)
 

@@ -14,7 +14,7 @@ import socket
 import sys
 from asyncio.subprocess import DEVNULL, Process
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 
 from api_schemas.worker import Lease
@@ -25,7 +25,8 @@ from worker.settings import WorkerSettings
 
 log = logging.getLogger(__name__)
 Listener = Callable[[Progress | Step], None]
-PEER_SECONDS = 0.5
+PEER_SECONDS = 10.0
+"""Most that is waited for the news of which rank went first."""
 SECRETS = ("PERENNIAL_WORKER_TOKEN", "PERENNIAL_WORKER_TOKEN_FILE")
 
 
@@ -49,6 +50,7 @@ class _Running:
     """We end it ourselves: that it dies says nothing about the machine."""
     cause: str = ""
     """Why it was ended, where another rank died first."""
+    cause_known: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class TrainerProcess:
@@ -58,6 +60,8 @@ class TrainerProcess:
         self._settings = settings
         self._child: _Running | None = None
         self._run: _Run | None = None
+        self._failed: _Run | None = None
+        """Whose failure some ranks may not have come to yet."""
 
     @property
     def pid(self) -> int | None:
@@ -65,6 +69,9 @@ class TrainerProcess:
 
     async def ready(self) -> Ready:
         """Start the process if there is none and wait for its model. Raises TrainerUnavailableError."""
+        if self._failed is not None and not await self._all_idle(self._failed):
+            await self.kill()
+        self._failed = None
         if self._child is None or self._child.listening.done():
             await self.kill()
             self._child = await self._start()
@@ -84,7 +91,7 @@ class TrainerProcess:
         finally:
             if run.outcome.done():
                 self._run = None
-        if isinstance(outcome, Failed) and (outcome.poisoned or not await self._all_idle(run)):
+        if isinstance(outcome, Failed) and outcome.poisoned:
             await self.kill()
         return outcome
 
@@ -105,12 +112,13 @@ class TrainerProcess:
             if child.process.returncode is None:
                 child.unwanted = True
                 child.process.kill()
+            child.cause_known.set()
             await child.followers.kill()
             await child.listening
         self._forget_run()
 
     async def _all_idle(self, run: _Run) -> bool:
-        """After a failure: whether every rank has come to an end of its own soon. One that waits for another has not."""
+        """After a failure: whether every rank has soon come to an end of its own. One that waits has not."""
         deadline = asyncio.get_running_loop().time() + self._settings.stop_grace_seconds
         while self._child is not None and asyncio.get_running_loop().time() < deadline:
             if run.answer is not None and self._child.followers.done(run.run_id):
@@ -190,7 +198,8 @@ class TrainerProcess:
         child.writer.close()
         status = await process.wait()
         if status == PEER_LOST and not child.unwanted:
-            await asyncio.sleep(PEER_SECONDS)  # who went first is about to be heard of
+            with suppress(TimeoutError):  # who went first is about to be heard of
+                await asyncio.wait_for(child.cause_known.wait(), PEER_SECONDS)
         child.followers.end()
         died = TrainerDiedError(child.cause or _epitaph(status, child.unwanted))
         log.info("training process gone pid=%d: %s", process.pid, died)
@@ -201,11 +210,12 @@ class TrainerProcess:
             self._run.outcome.set_exception(died)
 
     def _deliver(self, event: Progress | Step | Outcome) -> None:
-        run = self._run
-        if run is None or run.run_id != event.run_id or run.outcome.done():
+        run = self._run or self._failed
+        if run is None or run.run_id != event.run_id or run.answer is not None:
             return  # the last words of a run that was given up
         if isinstance(event, Progress | Step):
-            run.listener(event)
+            if not run.outcome.done():
+                run.listener(event)
         else:
             run.answer = event
             self._settle(run.run_id, event if isinstance(event, Failed) else None)
@@ -216,6 +226,7 @@ class TrainerProcess:
         if run is None or run.run_id != run_id or run.outcome.done():
             return
         if failed is not None:
+            self._failed = run
             run.outcome.set_result(failed)
         elif run.answer is not None and self._child is not None and self._child.followers.done(run_id):
             run.outcome.set_result(run.answer)
@@ -224,6 +235,7 @@ class TrainerProcess:
         """Nothing can be done without it: the first rank goes as well, and says why."""
         if status != PEER_LOST:
             child.cause = child.cause or f"of rank {rank}: {_epitaph(status, unwanted=False)}"
+            child.cause_known.set()
         if child.process.returncode is None:
             child.process.kill()
         child.followers.end()
