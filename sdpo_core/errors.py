@@ -73,12 +73,6 @@ class AdapterError(SdpoError):
     code = "foreign_adapter"
 
 
-class RankLost(SdpoError):
-    """Another process of those that train together is gone: nothing more can be done here."""
-
-    code = "rank_lost"
-
-
 class RemarkError(SdpoError):
     """A remark that does not stand."""
 

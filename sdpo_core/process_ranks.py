@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sdpo_core.errors import RankLost
+from sdpo_core.ranks import RankLost
 
 T = TypeVar("T")
 FOREVER = timedelta(days=7)
@@ -56,9 +56,10 @@ def join(store_descriptor: int | None = None, *, lockstep: bool = False) -> Proc
     """Enter the group that torchrun's environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) names, and wait until
     all are there. `store_descriptor`: a listening socket on that port, for rank 0, so that no port is guessed."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # torchrun hosts the store itself
     store = dist.TCPStore(  # type: ignore[attr-defined]
-        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, rank == 0,
-        timeout=FOREVER, master_listen_fd=store_descriptor if rank == 0 else None,
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, hosts,
+        timeout=FOREVER, master_listen_fd=store_descriptor if hosts else None,
     )  # fmt: skip
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "cpu:gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=FOREVER)

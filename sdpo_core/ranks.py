@@ -23,6 +23,10 @@ from sdpo_core.report import Sums
 T = TypeVar("T")
 
 
+class RankLost(RuntimeError):
+    """Another process of those that train together is gone. The adapter may have been trained in part: drop it."""
+
+
 class Ranks(Protocol):
     """What a rank needs of the others. Every rank must make the same calls in the same order."""
 

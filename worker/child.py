@@ -73,7 +73,7 @@ class Channel:
 
 def run_task(task: Task, base: BaseModel, root: Path, channel: Channel) -> Outcome:
     """One lease to its outcome. Unforeseen errors are reported by type alone: their text may quote what users wrote."""
-    from sdpo_core.errors import RankLost
+    from sdpo_core.ranks import RankLost
     from worker.job import run_job, run_preview
     from worker.ranks import gone
 

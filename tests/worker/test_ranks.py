@@ -59,8 +59,8 @@ def alone(
     return load_file(root / done.uri / WEIGHTS)
 
 
-def ragged(make_item: Any) -> list[Any]:
-    return [make_item(n, words=3 + 5 * n) for n in range(5)]
+def ragged(make_item: Any, *, standing: bool = True) -> list[Any]:
+    return [make_item(n, words=3 + 5 * n, standing=standing) for n in range(5)]
 
 
 def close(found: Weights, expected: Weights) -> None:
@@ -144,9 +144,11 @@ def test_a_sharded_base_trains_the_same_and_a_frozen_rank_is_ended(
     # Far more than a busy machine takes between two words of a healthy trainer.
     stalls = {"PERENNIAL_WORKER_STALL_SECONDS": "20", "PERENNIAL_WORKER_SHARD": "true"}
     worker = another_worker(**TWO | stalls)
-    done = service.wait_for_state(service.enqueue("adp_shards", ragged(make_item), training=BOTH), "succeeded")
+    done = service.wait_for_state(
+        service.enqueue("adp_shards", ragged(make_item, standing=False), training=BOTH), "succeeded"
+    )
     close(load_file(service.root / done.commit.uri / WEIGHTS), alone)
-    shown = service.wait_for_state(service.enqueue("adp_shards", ragged(make_item), kind="preview"), "succeeded")
+    shown = service.wait_for_state(service.enqueue("adp_shards", items=1, kind="preview"), "succeeded")
     assert shown.preview is not None
     job = long_job("adp_shards_stuck")
     service.wait_for_steps(job)
