@@ -13,8 +13,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol, TypeVar, runtime_checkable
+from dataclasses import dataclass, field, replace
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -31,11 +31,11 @@ from sdpo_core.options import Options
 from sdpo_core.path_choice import Route, choose
 from sdpo_core.paths import Part, Path
 from sdpo_core.policy import Policy
+from sdpo_core.ranks import LONE, Ranks, any_rank, total
 from sdpo_core.report import BatchResult, Outcome, StepMetrics, StepPlan, StopReason, Sums, Watch, sample_outcome
 from sdpo_core.samples import Sample, pad_rows
 from sdpo_core.scoring import BaseScore, Fixed, score_fixed
-
-R = TypeVar("R")
+from sdpo_core.sharing import SharedScorer
 
 
 @runtime_checkable
@@ -56,6 +56,7 @@ def train_batch(
     anchors: Sequence[AnchorScore] | None = None,
     on_step: Callable[[StepMetrics], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
+    ranks: Ranks = LONE,
 ) -> BatchResult:
     """Train the policy's adapter on one batch, in place. Deterministic on CPU.
 
@@ -63,7 +64,8 @@ def train_batch(
     weight decay where it has them, are set to those of `options`. `ema`, for teacher `ema`, is moved once, after the
     batch and only if weights moved. `targets` are the teacher's, one per sample, where `teacher_targets` has scored
     them before; `anchors` are the base's, likewise, where `anchor_scores` has. `on_step` is called after each step;
-    `should_stop` is asked before each (true: stop, keeping the updates made so far).
+    `should_stop` is asked before each (true: stop, keeping the updates made so far). `ranks`: several processes that
+    share the batch, each called with the same (sdpo_core.ranks); one that is told to stop stops them all.
 
     Raises before anything is trained: OptionError when teacher `ema` lacks its state or targets are given for teacher
     `live`; AdapterError for an optimizer of another adapter; TargetError for targets or anchors of other samples,
@@ -78,11 +80,11 @@ def train_batch(
     scored = live_anchors(policy, samples, anchors)
     if not live:
         return BatchResult((), outcomes, "nothing_to_teach")
-    run = _Run(route, optimizer, live, _live_weights(samples, options), ema, known, scored)
+    run = _Run(route, optimizer, live, _live_weights(samples, options), ema, known, scored, ranks)
     run.check_base("before the first step")
     stop_reason: StopReason = "steps"
     for number in range(1, options.steps + 1):
-        if should_stop is not None and should_stop():
+        if any_rank(ranks, should_stop is not None and should_stop()):
             stop_reason = "cancelled"
             break
         metrics = run.step(number)
@@ -120,6 +122,8 @@ class _Run:
     """Empty: to be scored."""
     anchors: list[BaseScore] | None = None
     """None: to be scored."""
+    ranks: Ranks = LONE
+    shared: SharedScorer = field(init=False)
     fixed: Fixed = field(init=False)
     behaviour: list[Tensor | None] = field(init=False)
     """Per sample; None = take the student's own at the next forward pass."""
@@ -129,9 +133,10 @@ class _Run:
     def __post_init__(self) -> None:
         self.policy = self.route.path.policy
         self.tokens = sum(len(s.response_ids) for s in self.live)
-        self.fixed = self._within_memory(lambda path: score_fixed(path, self.live, self.anchors))
+        self.shared = SharedScorer(self.route, self.ranks, self.live)
+        self.fixed = score_fixed(self.shared, self.live, self.anchors)
         if not self.targets:
-            self.targets = self._within_memory(lambda path: path.targets(self.live))
+            self.targets = self.shared.targets()
         self.behaviour = [self._first_behaviour(i) for i in range(len(self.live))]
         self.watch = Watch(trained_before=_has_stepped(self.optimizer))
 
@@ -139,9 +144,6 @@ class _Run:
     def options(self) -> Options:
         """Those of the batch, with less at a time once memory has run out."""
         return self.route.path.options
-
-    def _within_memory(self, work: Callable[[Path], R]) -> R:
-        return self.route.within_memory(work, self.live)
 
     def _first_behaviour(self, i: int) -> Tensor | None:
         """Recorded log-probs; with rollout correction those of the starting weights, whose weights cover the rest."""
@@ -156,9 +158,10 @@ class _Run:
         """One forward and backward over the batch, then the update unless there is a reason not to."""
         started = time.perf_counter()
         if self.options.teacher == "live" and self.history and self.history[-1].outcome == "updated":
-            self.targets = self._within_memory(lambda path: path.targets(self.live))
-        sums = self._within_memory(self._accumulate)
+            self.targets = self.shared.targets()
+        sums = total(self.ranks.gathered(self.shared.within_memory(self._accumulate, self.shared.own)))
         parameters = [p for _, p in self.policy.trainable()]
+        self.ranks.sum_gradients(parameters)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.options.max_grad_norm))
         outcome = self._decide(sums.peak_gap / len(self.live), norm)
         if outcome == "updated":
@@ -169,15 +172,18 @@ class _Run:
         return metrics
 
     def _accumulate(self, path: Path) -> Sums:
-        """Forward and backward of every micro-batch; the gradient is in the parameters."""
+        """Forward and backward of this rank's micro-batches; their gradient is in the parameters."""
         self.optimizer.zero_grad(set_to_none=True)
         sums = Sums()
-        for rows in path.groups(self.live):
+        fillers = self.shared.fillers(path)  # asked before the first forward pass, which is a common act as well
+        for rows in self.shared.groups(path):
             part = self._part(rows)
             terms = path.backward(part)
             self._remember(rows, terms.logp)
             mask_BT = pad_rows([torch.ones(len(s.response_ids), device=terms.logp.device) for s in part.samples]) > 0
             sums.add(terms, mask_BT, torch.tensor(part.weights, device=terms.logp.device), self.options.is_clip)
+        for rows in fillers:
+            path.backward(replace(self._part(rows), weights=[0.0] * len(rows)))
         return sums
 
     def _part(self, rows: list[int]) -> Part:
@@ -260,4 +266,4 @@ class _Run:
 
     def _plan(self) -> StepPlan:
         o = self.options
-        return StepPlan(o.micro_batch_tokens, o.chunk_tokens, o.checkpointing, len(self.route.path.groups(self.live)))
+        return StepPlan(o.micro_batch_tokens, o.chunk_tokens, o.checkpointing, len(self.shared.groups(self.route.path)))

@@ -6,7 +6,7 @@ continuation teaches noise; what it writes itself is right, and holds tokens tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal, get_args
@@ -14,7 +14,9 @@ from typing import Literal, get_args
 from sdpo_core.batch_checks import check_readable, listed_samples
 from sdpo_core.errors import OptionError
 from sdpo_core.path_choice import out_of_memory, release_memory
+from sdpo_core.ranks import LONE, Ranks
 from sdpo_core.samples import Sample, micro_batches
+from sdpo_core.sharing import written_by_all
 from sdpo_core.writing import Writer, teacher_written
 
 Rollouts = Literal["own", "teacher", "both"]
@@ -31,6 +33,7 @@ def learnt_from(
     batch_tokens: int = 8192,
     should_stop: Callable[[], bool] | None = None,
     on_written: Callable[[int], None] | None = None,
+    ranks: Ranks = LONE,
 ) -> list[Sample]:
     """What `train_batch` is to be given: entry i is for samples[i], and with `both` the teacher's answers follow.
 
@@ -39,16 +42,20 @@ def learnt_from(
     not reach its end is not learnt: with `teacher` the student's own stays in its place. `batch_tokens`: rows times
     longest prompt and answer of what is decoded together, one answer at least; half as many after a lack of memory.
     `on_written` hears after each group how many are done. Once `should_stop` is true, asked at each token, nothing
-    more is written. Raises OptionError for another name, ContextTooLong and SampleError for samples that the model
-    cannot read.
+    more is written. `ranks`: several processes that share the writing; all get the same (`sharing.written_by_all`).
+    Raises OptionError for another name, ContextTooLong and SampleError for samples that the model cannot read.
     """
     if rollouts not in get_args(Rollouts):
         raise OptionError("rollouts", f"must be one of {', '.join(get_args(Rollouts))}")
     batch = _Batch.of(policy, samples, max_new_tokens)
     if rollouts == "own" or not batch.live:
         return batch.samples
-    groups = _Groups(policy, batch.limit, batch_tokens, should_stop, on_written)
-    return batch.learnt(groups.write(batch.live), rollouts, policy.ends)
+
+    def write(wanted: list[Sample], stop: Callable[[], bool] | None) -> list[Sample]:
+        return _Groups(policy, batch.limit, batch_tokens, stop, on_written).write(wanted)
+
+    written = written_by_all(ranks, dict(enumerate(batch.live)), write, should_stop)
+    return batch.learnt(written, rollouts, policy.ends)
 
 
 def learnt_together(
@@ -68,7 +75,7 @@ def learnt_together(
     shared = [s for b, together in zip(known, fits, strict=True) if together for s in b.live]
     written = iter(_Groups(policy, limit, batch_tokens, should_stop, on_written).write(shared))
     return [
-        b.learnt(list(islice(written, len(b.live))), rollouts, policy.ends)
+        b.learnt(dict(enumerate(islice(written, len(b.live)))), rollouts, policy.ends)
         if together
         else learnt_from(
             policy, b.samples, rollouts, batch_tokens=batch_tokens, should_stop=should_stop, on_written=on_written
@@ -100,13 +107,11 @@ class _Batch:
         """Tokens of the longest prompt that is answered."""
         return max((len(s.teacher_prompt_ids) for s in self.live), default=0)
 
-    def learnt(self, written: Sequence[Sample], rollouts: Rollouts, ends: frozenset[int]) -> list[Sample]:
-        """`written`: for the first of the live samples. Some were given more room than `limit`."""
+    def learnt(self, written: Mapping[int, Sample], rollouts: Rollouts, ends: frozenset[int]) -> list[Sample]:
+        """`written`: for some of `live`, by number. Some were given more room than `limit`."""
         rows = [i for i, sample in enumerate(self.samples) if sample.live]
         ended = {
-            i: s
-            for i, s in zip(rows, written, strict=False)
-            if len(s.response_ids) <= self.limit and s.response_ids[-1] in ends
+            rows[n]: s for n, s in written.items() if len(s.response_ids) <= self.limit and s.response_ids[-1] in ends
         }
         if rollouts == "both":
             return [*self.samples, *ended.values()]

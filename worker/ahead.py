@@ -10,19 +10,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from api_schemas.worker import Lease
 from sdpo_core.ahead import anchor_scores, teacher_targets
 from sdpo_core.bare import BarePolicy
 from sdpo_core.identity import AnchorScore, TeacherTarget
 from sdpo_core.options import Options
-from sdpo_core.rollouts import learnt_together
+from sdpo_core.ranks import any_rank
+from sdpo_core.rollouts import learnt_from, learnt_together
 from sdpo_core.samples import Sample
 from worker.base_model import BaseModel
 from worker.errors import StoppedError
 from worker.messages import Progress
-from worker.plan import planned
+from worker.ranks import common_plan
 
 K = TypeVar("K", bound=Hashable)
 Tell = Callable[[Progress], None]
@@ -60,12 +61,15 @@ def ahead_of(
     began = time.monotonic()
     policy = base.bare()
     drafts = _written(drafts, policy, base, tell, should_stop)
-    if should_stop():
+    if any_rank(base.ranks, should_stop()):
         raise StoppedError
     for draft in drafts:
         _say(draft, "scoring", tell)
-    targets = _scored(drafts, lambda d: _target_kind(d.options), lambda s, o: teacher_targets(policy, s, o))
-    anchors = _scored(drafts, lambda d: _anchor_kind(d.options), lambda s, o: anchor_scores(policy, s, o))
+    targets: list[list[TeacherTarget] | None] = [None] * len(drafts)
+    anchors: list[list[AnchorScore] | None] = [None] * len(drafts)
+    if base.ranks.size == 1:  # several share that work in the training loop
+        targets = _scored(drafts, lambda d: _target_kind(d.options), lambda s, o: teacher_targets(policy, s, o))
+        anchors = _scored(drafts, lambda d: _anchor_kind(d.options), lambda s, o: anchor_scores(policy, s, o))
     share = (time.monotonic() - began) / len(drafts)
     return [Ahead(d.samples, d.options, targets[i], anchors[i], share) for i, d in enumerate(drafts)]
 
@@ -85,14 +89,15 @@ def _written(
                 _say(drafts[row], "answering", tell)
 
         told()
-        learnt = learnt_together(
-            policy, [drafts[r].samples for r in rows], kind,
-            batch_tokens=min(drafts[r].options.micro_batch_tokens for r in rows),
-            should_stop=should_stop, on_written=told,
-        )  # fmt: skip
+        batches, tokens = [drafts[r].samples for r in rows], min(drafts[r].options.micro_batch_tokens for r in rows)
+        common: dict[str, Any] = {"batch_tokens": tokens, "should_stop": should_stop, "on_written": told}
+        if len(batches) == 1:
+            learnt = [learnt_from(policy, batches[0], kind, ranks=base.ranks, **common)]
+        else:
+            learnt = learnt_together(policy, batches, kind, **common)
         for row, samples in zip(rows, learnt, strict=True):
             draft = drafts[row]
-            options = planned(draft.options, base, samples, draft.lease.lora.rank)
+            options = common_plan(draft.options, base, samples, draft.lease)
             done[row] = replace(draft, samples=samples, options=options)
     return done
 

@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from sdpo_core.bare import BarePolicy
 from sdpo_core.fast.decoder import obstacle_in
 from sdpo_core.fast.prefixes import reads_on
+from sdpo_core.ranks import LONE, Ranks
+from sdpo_core.sharded import shard_base
 from worker.memory import ModelShape, Quantise, read_shape
 from worker.settings import Device, Dtype
 from worker.warm import WarmVersions
@@ -32,6 +34,8 @@ class BaseModel:
 
     batch_tokens: int = 8192
     """Most tokens of one micro-batch."""
+    ranks: Ranks = LONE
+    """Who trains together with this process."""
     shape: ModelShape | None = None
     """For plans by the memory that is free; None where the model is of an unknown form."""
     canaries: dict[str, tuple[int, ...]] = field(default_factory=dict, compare=False)
@@ -61,11 +65,13 @@ class BaseModel:
         return next(self.module.parameters()).device
 
 
-def load_base(directory: Path, name: str, device: Device, dtype: Dtype, quantise: Quantise = "none") -> BaseModel:
+def load_base(
+    directory: Path, name: str, device: Device, dtype: Dtype, quantise: Quantise = "none", ranks: Ranks = LONE
+) -> BaseModel:
     """Load from local files only; code that a model directory brings along is never run. Raises OSError, ValueError.
 
     `quantise` "4bit": the layers' matrices as NF4 through bitsandbytes (about 0.52 bytes per weight), everything else
-    in `dtype`; ValueError without CUDA.
+    in `dtype`; ValueError without CUDA. `ranks` in lockstep: each holds its part of the weights.
     """
     place = _device(device)
     extra = _four_bit(place, _dtype(dtype, place)) if quantise == "4bit" else {}
@@ -78,8 +84,12 @@ def load_base(directory: Path, name: str, device: Device, dtype: Dtype, quantise
         raise ValueError(f"the tokenizer in {directory} has no chat template")
     config: Any = module.config
     module.requires_grad_(False)
-    placed = module if extra else module.to(place)  # quantised weights were put there as they were loaded
-    return BaseModel(name, placed.eval(), tokenizer, int(config.max_position_embeddings), shape=_shape(directory))
+    if ranks.lockstep:
+        shard_base(module, place, ranks.size)
+    elif not extra:  # quantised weights were put there as they were loaded
+        module = module.to(place)
+    window = int(config.max_position_embeddings)
+    return BaseModel(name, module.eval(), tokenizer, window, shape=_shape(directory), ranks=ranks)
 
 
 def _shape(directory: Path) -> ModelShape | None:

@@ -78,21 +78,30 @@ def run_task(task: Task, base: BaseModel, root: Path, channel: Channel, ahead: A
 
     Unforeseen errors are reported by type alone: their text may quote what users wrote.
     """
+    from sdpo_core.ranks import RankLost
     from worker.job import run_job, run_preview
+    from worker.ranks import gone
 
     lease = task.train.lease
-    if task.stop.is_set():  # while others were worked on
+    if task.stop.is_set() and base.ranks.size == 1:  # while others were worked on; ranks stop together or not at all
         return Stopped(run_id=lease.run_id)
+    report = channel.send if base.ranks.rank == 0 else _unheard
     try:
         if lease.kind == "preview":
-            return run_preview(lease, base, root, report=channel.send)
-        return run_job(lease, base, root, report=channel.send, should_stop=task.stop.is_set, ahead=ahead)
+            return run_preview(lease, base, root, report=report)
+        return run_job(lease, base, root, report=report, should_stop=task.stop.is_set, ahead=ahead)
     except StoppedError:
         return Stopped(run_id=lease.run_id)
     except TrainingFailedError as error:
         return Failed(run_id=lease.run_id, code=error.code, message=str(error), retryable=error.retryable)
+    except RankLost:
+        gone()
     except Exception as error:
         return unforeseen(lease.run_id, error)
+
+
+def _unheard(_: Progress | Step) -> None:
+    """Steps are the first rank's to report."""
 
 
 def unforeseen(run_id: str, error: Exception) -> Failed:
@@ -114,6 +123,7 @@ def serve(arguments: argparse.Namespace, channel_socket: socket.socket) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from worker.base_model import load_base
+    from worker.ranks import entered
     from worker.together import gathered, shared_ahead
     from worker.warm import WarmVersions
 
@@ -121,7 +131,11 @@ def serve(arguments: argparse.Namespace, channel_socket: socket.socket) -> None:
         torch.set_num_threads(arguments.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
     disable_progress_bar()
-    base = load_base(arguments.model, arguments.base_model, arguments.device, arguments.dtype, arguments.quantise)
+    ranks = entered(arguments.ranks, arguments.store_fd, arguments.device, shard=arguments.shard)
+    base = load_base(
+        arguments.model, arguments.base_model, arguments.device, arguments.dtype, arguments.quantise, ranks
+    )
+    ranks.gathered(None)  # ready when all are
     base = replace(base, batch_tokens=arguments.batch_tokens, warm=WarmVersions(arguments.warm_bytes))
     channel = Channel(channel_socket)
     parameters = sum(p.numel() for p in base.module.parameters())
@@ -149,6 +163,9 @@ def main() -> None:
     flags.add_argument("--warm-bytes", type=int, default=0)
     flags.add_argument("--leases-at-once", type=int, default=1)
     flags.add_argument("--threads", type=int)
+    flags.add_argument("--ranks", type=int, default=1)
+    flags.add_argument("--store-fd", type=int)
+    flags.add_argument("--shard", action="store_true")
     arguments = flags.parse_args()
     die_with(arguments.parent_pid)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)

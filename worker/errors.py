@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+PEER_LOST = 17
+"""Exit status of a process that ends because another rank has."""
+
 
 class WorkerError(Exception):
     """Base of everything the worker raises on purpose."""

@@ -41,10 +41,10 @@ from worker.card import write_card, write_provenance
 from worker.errors import StoppedError, TrainingFailedError
 from worker.items import probes_of, samples_of, untold_prompts
 from worker.mapping import lora_of, options_of, wire_metrics
-from worker.messages import Done, Previewed, Progress, Step
+from worker.messages import Done, Followed, Previewed, Progress, Step
 from worker.parent import base_mismatch, verified_parent
-from worker.plan import planned
 from worker.preview import preview_of
+from worker.ranks import check_alike, common_plan, follows
 from worker.versions import clear_leftovers, create_staging, directory_of, publish, staging_of, version_digest
 from worker.warm import WarmVersion, warm_version
 
@@ -75,12 +75,13 @@ class _Prepared:
 def run_job(
     lease: Lease, base: BaseModel, root: Path, *, report: Report, should_stop: Callable[[], bool],
     ahead: Ahead | None = None,
-) -> Done:  # fmt: skip
+) -> Done | Followed:  # fmt: skip
     """Train the lease's batch on its parent and put the version under its final name. `ahead`: what was computed for
     this lease before, together with others.
 
     Raises TrainingFailedError with a code for the service, and StoppedError when `should_stop` says so between steps.
-    The base model comes back bit-identical either way.
+    The base model comes back bit-identical either way. Of several ranks the first one judges and writes; the others are
+    done once the weights are (see worker.ranks).
     """
     with _named_failures():
         job = _prepare(lease, base, root)
@@ -88,15 +89,19 @@ def run_job(
         canary = canary_ids(base, lease.canary_prompt)
         torch.manual_seed(lease.seed)
         known = ahead or ahead_of([Draft(lease, job.samples, job.options)], base, report, should_stop)[0]
-        standing = _standing(job, base)
+        standing = [] if follows(base.ranks) else _standing(job, base)
         with attached(base.module, source, base.fast_obstacle) as policy:
             before = score(policy, canary)
             optimizer, ema = _optimizer(policy, job), _moving_average(policy, job)
             started = time.monotonic()
-            result = _train(policy, optimizer, ema, job, known, report, should_stop)
+            result = _train(policy, optimizer, ema, job, known, base, report, should_stop)
             seconds = time.monotonic() - started + known.seconds
+            if follows(base.ranks):
+                return Followed(run_id=lease.run_id)
             report(Progress(run_id=lease.run_id, phase="writing", step=len(result.steps), steps=job.options.steps))
             after = score(policy, canary)
+            if base.ranks.rank > 0:
+                return Followed(run_id=lease.run_id)
             files = _write(policy, optimizer, ema, job, root, len(standing))
             if base.warm.most_bytes:
                 kept = warm_version(policy, lease.base_model, optimizer, ema)
@@ -112,11 +117,13 @@ def run_job(
     )
 
 
-def run_preview(lease: Lease, base: BaseModel, root: Path, *, report: Report) -> Previewed:
+def run_preview(lease: Lease, base: BaseModel, root: Path, *, report: Report) -> Previewed | Followed:
     """What the lease's batch would teach its parent. No gradient; nothing is written, nothing moves.
 
     Raises TrainingFailedError with a code for the service.
     """
+    if follows(base.ranks):
+        return Followed(run_id=lease.run_id)
     with _named_failures():
         job = _prepare(lease, base, root)
         report(Progress(run_id=lease.run_id, phase="scoring"))
@@ -126,6 +133,8 @@ def run_preview(lease: Lease, base: BaseModel, root: Path, *, report: Report) ->
         with attached(base.module, source) as policy:
             ema = _moving_average(policy, job)
             shown = explain(policy, base.tokenizer, job.samples, options, ema=ema, untold_prompts=untold)
+    if base.ranks.rank > 0:
+        return Followed(run_id=lease.run_id)
     return Previewed(run_id=lease.run_id, preview=preview_of(lease, shown, base.tokenizer))
 
 
@@ -136,11 +145,12 @@ def _prepare(lease: Lease, base: BaseModel, root: Path) -> _Prepared:
         staging_of(root, lease.adapter_id, lease.run_id, lease.token)
     except ValueError as error:
         raise TrainingFailedError("bad_lease", str(error), retryable=False) from error
-    clear_leftovers(root, lease.adapter_id, lease.token)
+    if base.ranks.rank == 0:  # who writes clears up
+        clear_leftovers(root, lease.adapter_id, lease.token)
     samples = samples_of(lease, base)
     return _Prepared(
         lease=lease,
-        options=planned(options_of(lease.training), base, samples, lease.lora.rank),
+        options=common_plan(options_of(lease.training), base, samples, lease),
         parent=base.warm.find(root, lease.parent) or verified_parent(root, lease),
         samples=samples,
     )
@@ -184,6 +194,7 @@ def _train(
     ema: EmaTeacher | None,
     job: _Prepared,
     known: Ahead,
+    base: BaseModel,
     report: Report,
     should_stop: Callable[[], bool],
 ) -> BatchResult:
@@ -194,8 +205,8 @@ def _train(
         report(Progress(run_id=run_id, phase="training", step=step.step, steps=steps))
 
     result = train_batch(
-        policy, optimizer, known.learnt, known.options,
-        ema=ema, targets=known.targets, anchors=known.anchors, on_step=on_step, should_stop=should_stop,
+        policy, optimizer, known.learnt, known.options, ema=ema, targets=known.targets, anchors=known.anchors,
+        on_step=on_step, should_stop=should_stop, ranks=base.ranks,
     )  # fmt: skip
     if result.stop_reason == "cancelled":
         raise StoppedError
@@ -204,6 +215,7 @@ def _train(
     for name, parameter in policy.trainable():
         if not bool(torch.isfinite(parameter).all()):
             raise _diverged(f"{name} is not finite after the last step")
+    check_alike(policy, base.ranks)
     for warning in result.warnings:
         log.warning("run %s: %s", run_id, warning)
     return result

@@ -81,6 +81,13 @@ class Previewed(_Message):
     preview: Preview
 
 
+class Followed(_Message):
+    """Trainer, a rank other than the first: its part of the run is done."""
+
+    type: Literal["followed"] = "followed"
+    run_id: str
+
+
 class Failed(_Message):
     type: Literal["failed"] = "failed"
     run_id: str
@@ -97,7 +104,7 @@ class Stopped(_Message):
 
 
 Command = Annotated[Train | Stop, Field(discriminator="type")]
-Outcome = Done | Previewed | Failed | Stopped
+Outcome = Done | Previewed | Failed | Stopped | Followed
 Event = Annotated[Ready | Progress | Step | Outcome, Field(discriminator="type")]
 _COMMAND: TypeAdapter[Train | Stop] = TypeAdapter(Command)
 _EVENT: TypeAdapter[Ready | Progress | Step | Outcome] = TypeAdapter(Event)

@@ -43,7 +43,8 @@ def planned(options: Options, base: BaseModel, samples: Sequence[Sample], rank: 
         return options
     plain = options.path == "plain" or bool(option_obstacle(options) or base.fast_obstacle)
     share = max(len(s.response_ids) / s.student_length for s in live) if plain else None
-    room = int(free * (1 - RESERVE))
+    sharers = base.ranks.size if base.device.type == "cpu" else 1  # ranks on CPUs share the memory
+    room = int(free * (1 - RESERVE)) // sharers
     return fitting(options, base.shape, lengths, rank, room, base.device.type, _width(base), share)
 
 

@@ -149,8 +149,17 @@ def check_worker(settings: WorkerSettings) -> None:
     training = Training(
         device, dtype_bytes(settings.dtype, device), settings.quantise, batch_tokens=settings.batch_tokens
     )
-    plan = Plan(_place(device), memory, training_needs(shape, training), {})
+    needs = of_ranks(training_needs(shape, training), device, settings.ranks, settings.shard)
+    plan = Plan(_place(device), memory, needs, {})
     log.info("%s", "; ".join(line.strip() for line in checked(plan, shape, training).lines()))
+
+
+def of_ranks(needs: dict[str, int], device: str, ranks: int, shard: bool) -> dict[str, int]:
+    """One process's needs as those of `ranks` of them in the same memory. Each GPU has one of them, and of a sharded
+    base its part; in main memory each reads the base whole before it keeps a part."""
+    if device == "cpu":
+        return {what: size * ranks for what, size in needs.items()}
+    return needs | ({"base": needs["base"] // ranks} if shard else {})
 
 
 def _place(device: str) -> str:

@@ -58,6 +58,10 @@ class WorkerSettings(BaseSettings):
     """Whether a plan that does not fit the free memory ends the worker before it loads anything."""
     threads: Annotated[int, Field(ge=1, le=256)] | None = None
     """Torch threads of the training process; None = torch's own choice."""
+    ranks: Annotated[int, Field(ge=1, le=64)] = 1
+    """Training processes that share each batch, on this host; with CUDA each takes a GPU of its own."""
+    shard: bool = False
+    """Spread the frozen base over the ranks (FSDP2) instead of loading it whole on each: for one that does not fit."""
     poll_seconds: Annotated[float, Field(ge=0.1, le=30)] = 2.0
     """How long one lease request waits for work. A shutdown waits for it, so that no granted lease is orphaned."""
     stop_grace_seconds: Annotated[float, Field(gt=0, le=60)] = 2.0
@@ -67,6 +71,16 @@ class WorkerSettings(BaseSettings):
     outage_patience_seconds: Annotated[float, Field(ge=0)] = 60.0
     """How long past its lease a run goes on while the service does not answer. Only the service's token check decides
     who may commit, so patience costs work at most, never correctness."""
+
+    @model_validator(mode="after")
+    def _ranks_have_places(self) -> WorkerSettings:
+        if self.shard and self.ranks == 1:
+            raise ValueError("shard spreads the base over several ranks: set ranks to 2 or more")
+        if self.ranks > 1 and self.leases_at_once > 1:
+            raise ValueError("several ranks share one lease: set leases_at_once to 1, or ranks to 1")
+        if self.shard and self.quantise != "none":
+            raise ValueError("shard and quantise do not go together: set one of the two")
+        return self
 
     @model_validator(mode="after")
     def _one_token(self) -> WorkerSettings:
@@ -103,6 +117,8 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--leases-at-once", type=int, help="jobs of as many adapters that share the base's passes")
     flags.add_argument("--preflight", choices=["refuse", "off"], help="off: start even if the plan does not fit")
     flags.add_argument("--threads", type=int, help="torch threads of the training process")
+    flags.add_argument("--ranks", type=int, help="training processes that share each batch, one GPU each")
+    flags.add_argument("--shard", action="store_true", help="spread the base model over the ranks (FSDP2)")
     return flags
 
 

@@ -14,10 +14,12 @@ import socket
 import sys
 from asyncio.subprocess import DEVNULL, Process
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 
 from api_schemas.worker import Lease
-from worker.errors import TrainerDiedError, TrainerTakenError, TrainerUnavailableError
+from worker.errors import PEER_LOST, TrainerDiedError, TrainerTakenError, TrainerUnavailableError
+from worker.followers import Followers, meeting_place
 from worker.messages import Failed, Outcome, Progress, Ready, Step, Stop, Train, frame, read_event
 from worker.settings import WorkerSettings
 
@@ -25,6 +27,8 @@ log = logging.getLogger(__name__)
 Listener = Callable[[Progress | Step | Outcome], None]
 OWN_TURN = ("training", "writing")
 """Phases in which the process works on one run alone."""
+PEER_SECONDS = 10.0
+"""Most that is waited for the news of which rank went first."""
 SECRETS = ("PERENNIAL_WORKER_TOKEN", "PERENNIAL_WORKER_TOKEN_FILE")
 
 
@@ -33,11 +37,15 @@ class _Running:
     process: Process
     writer: asyncio.StreamWriter
     ready: asyncio.Future[Ready]
+    followers: Followers
     listening: asyncio.Task[None] = field(init=False)
     unwanted: bool = False
     """We end it ourselves: that it dies says nothing about the machine."""
     blamed: str | None = None
     """The run for whose sake we do."""
+    cause: str = ""
+    """Why it was ended, where another rank died first."""
+    cause_known: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 @dataclass
@@ -46,6 +54,8 @@ class _Run:
     listener: Listener
     child: _Running
     outcome: asyncio.Future[Outcome]
+    answer: Outcome | None = None
+    """The first rank's, while others are still at it."""
 
 
 class TrainerProcess:
@@ -58,6 +68,8 @@ class TrainerProcess:
         self._runs: dict[str, _Run] = {}
         self._in_training: str | None = None
         """The run whose own turn it is, as far as the process has said so."""
+        self._failed: _Run | None = None
+        """Whose failure some ranks may not have come to yet."""
         self._starting = asyncio.Lock()
 
     @property
@@ -67,6 +79,9 @@ class TrainerProcess:
     async def ready(self) -> Ready:
         """Start the process if there is none and wait for its model. Raises TrainerUnavailableError."""
         async with self._starting:
+            if self._failed is not None and not await self._all_idle(self._failed):
+                await self.kill()
+            self._failed = None
             if self._child is None or self._child.listening.done():
                 await self.kill()
                 self._child = await self._start()
@@ -115,10 +130,21 @@ class TrainerProcess:
                 child.unwanted = True
                 child.blamed = run_id
                 child.process.kill()
+            child.cause_known.set()
+            await child.followers.kill()
             await child.listening
         for held in list(self._runs.values()):
             if held.child is child:
                 self._forget(held.run_id)
+
+    async def _all_idle(self, run: _Run) -> bool:
+        """After a failure: whether every rank has soon come to an end of its own. One that waits has not."""
+        deadline = asyncio.get_running_loop().time() + self._settings.stop_grace_seconds
+        while self._child is not None and asyncio.get_running_loop().time() < deadline:
+            if run.answer is not None and self._child.followers.done(run.run_id):
+                return True
+            await asyncio.sleep(0.02)
+        return self._child is None
 
     def _forget(self, run_id: str) -> None:
         run = self._runs.pop(run_id, None)
@@ -127,23 +153,26 @@ class TrainerProcess:
 
     async def _start(self) -> _Running:
         ours, theirs = socket.socketpair()
-        with theirs:
+        store, environment = meeting_place(self._settings.ranks, _environment(os.environ))
+        with theirs, store or nullcontext():
+            handed = (theirs.fileno(), *((store.fileno(),) if store else ()))
             process = await asyncio.create_subprocess_exec(
-                *self._argv(theirs.fileno()),
+                *self._argv(*handed),
                 stdin=DEVNULL,
                 stdout=2,  # what libraries print joins the log
-                pass_fds=(theirs.fileno(),),
-                env=_environment(os.environ),
+                pass_fds=handed,
+                env=environment,
                 start_new_session=True,  # Ctrl-C is the supervisor's to handle
             )
         reader, writer = await asyncio.open_unix_connection(sock=ours)
         ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
-        child = _Running(process, writer, ready)
+        child = _Running(process, writer, ready, Followers(self._settle, lambda *how: self._follower_died(child, *how)))
         child.listening = asyncio.create_task(self._listen(child, reader))
+        await child.followers.start(lambda _, channel: self._argv(channel), self._settings.ranks, environment)
         log.info("training process started pid=%d", process.pid)
         return child
 
-    def _argv(self, channel: int) -> list[str]:
+    def _argv(self, channel: int, store: int | None = None) -> list[str]:
         s = self._settings
         flags = {
             "--channel-fd": channel,
@@ -157,8 +186,12 @@ class TrainerProcess:
             "--batch-tokens": s.batch_tokens,
             "--warm-bytes": s.warm_bytes,
             "--leases-at-once": s.leases_at_once,
-        } | ({"--threads": s.threads} if s.threads else {})
-        return [sys.executable, "-m", "worker.child", *(str(word) for pair in flags.items() for word in pair)]
+            "--ranks": s.ranks,
+            "--threads": s.threads,
+            "--store-fd": store,
+        }
+        words = [str(word) for flag, value in flags.items() if value is not None for word in (flag, value)]
+        return [sys.executable, "-m", "worker.child", *words, *(["--shard"] if s.shard else [])]
 
     async def _send(self, child: _Running, message: Train | Stop) -> None:
         try:
@@ -166,6 +199,7 @@ class TrainerProcess:
             await child.writer.drain()
         except ConnectionError:
             pass  # it died: `_listen` says so where somebody waits
+        await child.followers.send(message)
 
     async def _listen(self, child: _Running, reader: asyncio.StreamReader) -> None:
         process, ready = child.process, child.ready
@@ -180,7 +214,12 @@ class TrainerProcess:
             child.unwanted = True
             process.kill()
         child.writer.close()
-        died = TrainerDiedError(_epitaph(await process.wait(), child.unwanted))
+        status = await process.wait()
+        if status == PEER_LOST and not child.unwanted:
+            with suppress(TimeoutError):  # who went first is about to be heard of
+                await asyncio.wait_for(child.cause_known.wait(), PEER_SECONDS)
+        child.followers.end()
+        died = TrainerDiedError(child.cause or _epitaph(status, child.unwanted))
         log.info("training process gone pid=%d: %s", process.pid, died)
         if not ready.done():
             ready.set_exception(died)
@@ -195,13 +234,35 @@ class TrainerProcess:
         """The last words of a run that was given up are a sign of life as well."""
         begun = isinstance(event, Step) or (isinstance(event, Progress) and event.phase in OWN_TURN)
         self._in_training = event.run_id if begun else None
-        for run in list(self._runs.values()):
-            if run.outcome.done():
-                continue
-            if run.run_id != event.run_id or isinstance(event, Progress | Step):
+        for run in self._runs.values():
+            if not run.outcome.done() and (run.run_id != event.run_id or isinstance(event, Progress | Step)):
                 run.listener(event)
-            else:
-                run.outcome.set_result(event)
+        if isinstance(event, Progress | Step):
+            return
+        ended = self._runs.get(event.run_id, self._failed)
+        if ended is not None and ended.run_id == event.run_id and ended.answer is None:
+            ended.answer = event
+            self._settle(event.run_id, event if isinstance(event, Failed) else None)
+
+    def _settle(self, run_id: str, failed: Failed | None) -> None:
+        """One rank has come to its end of a run: the run is over with the last of them, or with a failure of any."""
+        run = self._runs.get(run_id)
+        if run is None or run.outcome.done():
+            return
+        if failed is not None:
+            self._failed = run
+            run.outcome.set_result(failed)
+        elif run.answer is not None and run.child.followers.done(run_id):
+            run.outcome.set_result(run.answer)
+
+    def _follower_died(self, child: _Running, rank: int, status: int) -> None:
+        """Nothing can be done without it: the first rank goes as well, and says why."""
+        if status != PEER_LOST:
+            child.cause = child.cause or f"of rank {rank}: {_epitaph(status, unwanted=False)}"
+            child.cause_known.set()
+        if child.process.returncode is None:
+            child.process.kill()
+        child.followers.end()
 
 
 def _environment(environment: Mapping[str, str]) -> dict[str, str]:

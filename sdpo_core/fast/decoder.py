@@ -19,6 +19,7 @@ from sdpo_core.fast.packing import PackedBatch, attention_arguments, pack, packe
 from sdpo_core.fast.windows import NARROW, has_window, narrow_windows
 from sdpo_core.lowrank import LowRank
 from sdpo_core.policy import Policy
+from sdpo_core.sharded import OBSTACLE, is_sharded
 
 _PROBES = ((0, 1, 2, 3, 4), (3, 1, 2))
 _BEYOND_WINDOW = tuple(i % 5 for i in range(NARROW + 5))
@@ -101,6 +102,8 @@ def obstacle_in(model: PreTrainedModel) -> str:
     The head must give the model's logits from what the model gives it; the packed decoder must give that, up to
     rounding, and whatever the sequence before it in the row. A soft cap, a scale, an unknown attention show here.
     """
+    if is_sharded(model):
+        return OBSTACLE
     try:
         head = head_of(model)
         probes = _probes(model)

@@ -17,7 +17,7 @@ from sdpo_core.options import Options
 from worker import memory as m
 from worker.errors import DoesNotFitError
 from worker.machine import Memory, gpu_memory, host_memory
-from worker.preflight import Plan, checked, dtype_bytes, main, parse, plan_of, refuse_quantise
+from worker.preflight import Plan, checked, dtype_bytes, main, of_ranks, parse, plan_of, refuse_quantise
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "demo/model"
@@ -189,6 +189,14 @@ def test_advice_that_is_followed_fits() -> None:
         better = str(refused.value).split(flag)[1].split()[0]
         change = ["--gpu-memory-utilization", better] if given else ["--batch-tokens", better]
         assert gpu(79, *flags, *change)[0].fits
+
+
+def test_ranks_share_main_memory_and_have_a_gpu_each() -> None:
+    needs = {"base": 10, "activations": 4}
+    assert of_ranks(needs, "cpu", 2, shard=False) == {"base": 20, "activations": 8}
+    assert of_ranks(needs, "cpu", 2, shard=True) == {"base": 20, "activations": 8}, "each loads it whole"
+    assert of_ranks(needs, "cuda", 2, shard=False) == needs
+    assert of_ranks(needs, "cuda", 2, shard=True) == {"base": 5, "activations": 4}
 
 
 def test_4_bit_is_refused_by_name_without_cuda(capsys: pytest.CaptureFixture[str]) -> None:

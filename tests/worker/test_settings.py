@@ -30,6 +30,16 @@ def test_flags_win_over_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert "secret" not in repr(settings)
 
 
+def test_a_base_is_sharded_over_several_ranks_and_not_quantised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PERENNIAL_WORKER_TOKEN", "t")
+    with pytest.raises(ValidationError, match="set ranks to 2 or more"):
+        from_flags([*FLAGS, "--shard"])
+    with pytest.raises(ValidationError, match="do not go together"):
+        from_flags([*FLAGS, "--shard", "--ranks", "2", "--quantise", "4bit"])
+    settings = from_flags([*FLAGS, "--shard", "--ranks", "2"])
+    assert (settings.ranks, settings.shard) == (2, True)
+
+
 @pytest.mark.parametrize("given", [{}, {"PERENNIAL_WORKER_TOKEN": "t", "PERENNIAL_WORKER_TOKEN_FILE": "/f"}])
 def test_there_is_exactly_one_token(given: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in given.items():
