@@ -74,24 +74,26 @@ def plain(chunk: Any, values: list[float]) -> Json:
     return made
 
 
+JOINED = ("choices", "delta", "logprobs", "finish_reason")
+
+
 def joined(chunks: list[Json]) -> Json:
     """All that one choice's chunks say. Where an answer is cut is chance: a busy vLLM puts several tokens in one."""
     out: Json = {"said": {}, "calls": {}, "tokens": [], "ends": [], "besides": []}
     for chunk in chunks:
-        (choice,) = chunk.pop("choices")
-        delta, logprobs = choice.pop("delta"), choice.pop("logprobs") or {}
-        for call in delta.pop("tool_calls") or ():
+        (choice,) = chunk["choices"]
+        delta, logprobs = choice["delta"], choice["logprobs"] or {}
+        for call in delta["tool_calls"] or ():
             known = out["calls"].setdefault(call["index"], {"id": False, "type": None, "name": "", "arguments": ""})
             function = call["function"] or {}
             known |= {"id": known["id"] or call["id"], "type": known["type"] or call["type"]}
             known |= {k: known[k] + (function.get(k) or "") for k in ("name", "arguments")}
-        for part, said in delta.items():
-            out["said"][part] = out["said"].get(part, "") + (said or "")
+        for part in delta.keys() - {"tool_calls"}:
+            out["said"][part] = out["said"].get(part, "") + (delta[part] or "")
         out["tokens"] += logprobs.get("content") or []
-        if (reason := choice.pop("finish_reason")) is not None:
-            out["ends"].append(reason)
-        if (besides := chunk | choice) not in out["besides"]:
-            out["besides"].append(besides)
+        out["ends"] += [choice["finish_reason"]] if choice["finish_reason"] else []
+        besides = {k: v for k, v in (chunk | choice).items() if k not in JOINED}
+        out["besides"] += [besides] if besides not in out["besides"] else []
     return out
 
 
