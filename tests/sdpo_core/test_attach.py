@@ -208,4 +208,4 @@ def test_a_model_that_gives_all_its_logits_is_read_at_the_right_positions(base: 
                 policy, make_optimizer(policy, options), [Sample((1, 2, 3), (4, 5), (9,))], options
             ).steps
             losses.append(step.loss)
-    assert losses[0] == losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # another product of matrices, so another rounding
