@@ -141,7 +141,15 @@ def sharded(ranks: Ranks, lockstep: Ranks) -> dict[str, Any]:
     shard_base(base, torch.device("cpu"), ranks.size)
     expected = {f"{name}, whole": value for name, value in once(whole, ranks.rank).items()}
     size = {"whole": held_bytes(whole), "held": held_bytes(base)}
-    return expected | once(base, ranks.rank) | size | {"trained": train("plain, clipped", lockstep, base=base)}
+    return (
+        expected
+        | once(base, ranks.rank)
+        | size
+        | {
+            "trained": train("plain, clipped", lockstep, base=base),
+            "written": train("both write", lockstep, base=base)["answers"],
+        }
+    )
 
 
 def main() -> None:

@@ -111,6 +111,7 @@ def test_ranks_with_a_sharded_base_train_what_one_trains(found: list[dict[str, A
     assert sorted(rank["sharded"]["trained"]["micro_batches"] for rank in found) == [1, 2]
     for rank in found:
         trained = rank["sharded"]["trained"]
+        assert rank["sharded"]["written"] == by_itself("both write")["answers"]
         assert trained["answers"] == alone["answers"]
         for mine, one in zip(trained["weights"], alone["weights"], strict=True):
             torch.testing.assert_close(mine, one, rtol=2e-5, atol=2e-6)

@@ -25,7 +25,7 @@ LONG = {"steps": 64, "learning_rate": 1e-5}
 BOTH = {"rollouts": "both"}
 WEIGHTS = "adapter/adapter_model.safetensors"
 Weights = dict[str, torch.Tensor]
-TWO = {"PERENNIAL_WORKER_RANKS": "2"}
+TWO = {"PERENNIAL_WORKER_RANKS": "2", "PERENNIAL_WORKER_STOP_GRACE_SECONDS": "30"}
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +43,20 @@ def shorten(service: Any, job: int) -> None:
     service.jobs[job].training = service.jobs[job].training.model_copy(update={"steps": 1})
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def alone(
-    model_dir: Path, make_lease: Any, make_item: Any, make_training: Any, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    model_dir: Path,
+    make_lease: Any,
+    make_item: Any,
+    make_training: Any,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Weights:
-    """What one process makes of the items of `ragged`."""
+    """What one process makes of the items of `ragged`; the parameter is who writes the answers."""
     root = tmp_path_factory.mktemp("alone")
-    lease = make_lease(items=0, seed=1, training=make_training(**BOTH)).model_copy(update={"items": ragged(make_item)})
+    lease = make_lease(items=0, seed=1, training=make_training(rollouts=request.param)).model_copy(
+        update={"items": ragged(make_item)}
+    )
     with warnings.catch_warnings():
         # PEFT 0.21 asks Transformers 5.23 for a property under its deprecated name.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
@@ -68,6 +75,7 @@ def close(found: Weights, expected: Weights) -> None:
         torch.testing.assert_close(found[key], tensor, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("alone", ["both"], indirect=True)
 def test_two_ranks_write_the_version_that_one_writes(
     pair: WorkerProcess, service: Any, make_item: Any, alone: Weights
 ) -> None:
@@ -138,15 +146,14 @@ def test_a_shutdown_mid_training_leaves_no_process(
     assert service.jobs[job].state == "released"
 
 
+@pytest.mark.parametrize("alone", ["own"], indirect=True)
 def test_a_sharded_base_trains_the_same_and_a_frozen_rank_is_ended(
     service: Any, another_worker: Any, long_job: Any, make_item: Any, alone: Weights, wait_for_exit: Any
 ) -> None:
     # Far more than a busy machine takes between two words of a healthy trainer.
     stalls = {"PERENNIAL_WORKER_STALL_SECONDS": "20", "PERENNIAL_WORKER_SHARD": "true"}
     worker = another_worker(**TWO | stalls)
-    done = service.wait_for_state(
-        service.enqueue("adp_shards", ragged(make_item, standing=False), training=BOTH), "succeeded"
-    )
+    done = service.wait_for_state(service.enqueue("adp_shards", ragged(make_item, standing=False)), "succeeded")
     close(load_file(service.root / done.commit.uri / WEIGHTS), alone)
     shown = service.wait_for_state(service.enqueue("adp_shards", items=1, kind="preview"), "succeeded")
     assert shown.preview is not None
