@@ -149,9 +149,9 @@ class LoraPolicy:
     def write(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, should_stop: Callable[[], bool] | None = None
     ) -> list[tuple[int, ...]]:
-        """Greedy answers of the base model, the adapter off."""
+        """Greedy answers of the base, the adapter off. Raises ContextTooLong for a prompt that fills the window."""
         with self._bare():
-            return write_greedily(self.model, prompts, max_new_tokens, should_stop)
+            return write_greedily(self.model, prompts, max_new_tokens, should_stop, self.window)
 
     @contextmanager
     def _bare(self, deltas: Mapping[str, LowRank] | None = None) -> Iterator[None]:

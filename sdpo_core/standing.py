@@ -10,13 +10,13 @@ The decision (`select`) is apart from the model calls (sdpo_core.hearing), so it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from sdpo_core.chat import ChatTokenizer, chat_ids
 from sdpo_core.errors import OptionError
-from sdpo_core.hearing import Hearing
+from sdpo_core.hearing import Hearing, Probe
 from sdpo_core.teacher_context import usable_remarks
 from sdpo_core.writing import Writer
 
@@ -132,14 +132,6 @@ class _Judge:
         return not silent and not self.differs([a], [b]) and not self.differs([b], [a])
 
 
-@dataclass(frozen=True)
-class Probe:
-    """A conversation to which the teacher's answers are compared, and the answer that was remarked on."""
-
-    messages: Sequence[Mapping[str, Any]]
-    response_ids: tuple[int, ...]
-
-
 def update_standing(
     policy: Writer,
     tokenizer: ChatTokenizer,
@@ -172,9 +164,9 @@ def update_standing(
     standing, new = usable_remarks(standing), usable_remarks(new)
     own = bounded([], new)
     older = bounded([r for r in standing if r not in new], [])
-    hearing = Hearing(policy, tokenizer, [p.messages for p in probes if p.response_ids], max_new_tokens)
+    hearing = Hearing(policy, tokenizer, [p for p in probes if p.response_ids], max_new_tokens)
     hearing = hearing.within(max_probes, [*older, *own])
-    chosen = select(older, own, hearing.change, eps=eps) if hearing.chats else Standing((*older, *own))
+    chosen = select(older, own, hearing.change, eps=eps) if hearing.probes else Standing((*older, *own))
     kept = bounded(chosen.remarks, [])
     judged = {remark for remark, _ in chosen.dropped}
     lost = [r for r in usable_remarks([*standing, *new]) if r not in kept and r not in judged]

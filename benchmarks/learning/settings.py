@@ -52,6 +52,7 @@ SETTINGS: tuple[Setting, ...] = (
     _single("late", "3 late", late=3),
     _single("late", "3 late, refresh off", late=3, refresh=False),
     _single("late", "3 late, no ratio", late=3, is_clip=None),
+    _single("late", "sampled", refresh=False, **_SAMPLED),
     _single("late", "3 late, sampled", late=3, refresh=False, **_SAMPLED),
     _single("late", "3 late, sampled, no ratio", late=3, refresh=False, is_clip=None, **_SAMPLED),
     _both("late", "3 late", "single", "sequence", late=3),
@@ -89,4 +90,8 @@ SETTINGS: tuple[Setting, ...] = (
     _both("learning rate", "rate 3.5e-4", learning_rate=3.5e-4),
     _both("alpha", "alpha .5", alpha=0.5),
     _both("alpha", "alpha 1", alpha=1.0),
+    _both("K", "K 20", top_k=20),
+    _both("rank", "rank 2", rank=2),
+    _both("rank", "rank 32", rank=32),
+    _both("steps", "steps 4", steps=4),
 )

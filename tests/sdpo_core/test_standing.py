@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
-from sdpo_core import LoraSpec, Probe, attached, chat_ids, teacher_messages, update_standing
+from sdpo_core import LoraSpec, Probe, attached, chat_ids, teacher_messages, teacher_prompt, update_standing
 from sdpo_core.hearing import Hearing
 from sdpo_core.samples import token_batch
 from sdpo_core.standing import Standing, merge, select
+from tests.sdpo_core.conftest import TEMPLATE
 
 
 @dataclass
@@ -160,7 +161,9 @@ def test_change_is_the_frozen_teachers_on_answers_of_its_own(
             for _, parameter in policy.trainable():
                 parameter.add_(0.1)
         for budget in (10_000, 1):
-            hearing = Hearing(policy, tokenizer, CHATS, max_new_tokens=6, micro_batch_tokens=budget)
+            hearing = Hearing(
+                policy, tokenizer, [Probe(c, (1,)) for c in CHATS], max_new_tokens=6, micro_batch_tokens=budget
+            )
             for _ in range(2):  # the second time from memory
                 assert hearing.change(["one"], ["two", "one"]) == pytest.approx(want, rel=1e-3)
             assert hearing.change(["one"], ["one"]) == 0.0
@@ -221,7 +224,29 @@ def test_a_conversation_beyond_the_window_is_not_judged_on(
         assert fits[1] < fits[0]
         assert judged(fits[0]) == judged(fits[1]) == ("a",)
         assert judged(fits[1] - 1) == ("a", "b"), "nothing to judge by: the merged list"
-        hearing = Hearing(policy, tokenizer, [p.messages for p in probes], max_new_tokens=2)
-        assert hearing.within(8, ["a", "b"]).chats == []
+        hearing = Hearing(policy, tokenizer, probes, max_new_tokens=2)
+        assert hearing.within(8, ["a", "b"]).probes == []
         chat_base.config.max_position_embeddings = fits[0] - 1
-        assert hearing.within(8, ["a", "b"]).chats == [CHATS[0]]
+        assert hearing.within(8, ["a", "b"]).probes == [probes[1]]
+
+
+def test_a_conversation_with_tools_is_judged_behind_the_prompt_that_training_reads(
+    chat_base: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tools = [{"type": "function", "function": {"name": "look_up", "parameters": {}}}]
+    options = {"chat_template": "{{ tools | tojson }}{{ effort }}" + TEMPLATE, "effort": "low"}
+    want = teacher_prompt(tokenizer, CHATS[0], "b", ["a"], limit=500, tools=tools, template_options=options)
+    bare = teacher_prompt(tokenizer, CHATS[0], "b", ["a"], limit=500)
+    assert want.ids != bare.ids
+    with attached(chat_base, LoraSpec()) as policy:
+        write, read = policy.write, []
+
+        def writing(prompts: list[list[int]], limit: int) -> list[tuple[int, ...]]:
+            read.extend(tuple(p) for p in prompts)
+            return write(prompts, limit)
+
+        monkeypatch.setattr(policy, "write", writing)
+        probe = Probe(CHATS[0], (1, 2), tools, options)
+        update_standing(policy, tokenizer, ["a"], ["b"], [probe], eps=0.0, max_new_tokens=2)
+    assert want.ids in read
+    assert bare.ids not in read
