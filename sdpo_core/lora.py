@@ -24,7 +24,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sdpo_core.errors import AdapterError, OptionError
-from sdpo_core.lora_policy import LoraPolicy, seal_of
+from sdpo_core.lora_policy import LoraPolicy
+from sdpo_core.seal import BaseSeal, seal_of
 from sdpo_core.undo import undone_on_error
 
 __all__ = ["LoraPolicy", "LoraSpec", "attach_lora", "attached", "detach", "linear_names", "load_lora", "save_lora"]
@@ -224,12 +225,12 @@ def _refuse_kind(config: Any, directory: Path) -> None:
         raise AdapterError(f"the adapter in {directory} is no plain LoRA: its {odd[0]} is {getattr(config, odd[0])!r}")
 
 
-def _seal(base: nn.Module) -> torch.Tensor:
+def _seal(base: nn.Module) -> BaseSeal:
     """Raises AdapterError for a base that would only teach nan."""
     try:
         seal = seal_of(base)
     except (TypeError, AttributeError, IndexError) as error:
         raise AdapterError(f"the base model gives no logits for token ids: {error}", code="unsupported_base") from error
-    if bool((seal.isnan() | (seal == torch.inf)).any()):
+    if bool((seal.answers.isnan() | (seal.answers == torch.inf)).any()):
         raise AdapterError("the base model's logits are not finite: its weights are damaged", code="base_not_finite")
     return seal
