@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sdpo_core.errors import AdapterError, OptionError
+from sdpo_core.given import a_record, whole
 from sdpo_core.lora_policy import LoraPolicy
 from sdpo_core.seal import BaseSeal, seal_of
 from sdpo_core.undo import undone_on_error
@@ -48,9 +49,7 @@ class LoraSpec:
 
     def __post_init__(self) -> None:
         for name, least in (("rank", 1), ("alpha", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise OptionError(name, f"must be a whole number, {least} or more, not {value!r}")
+            whole(name, getattr(self, name), least)
         if self.target_modules is None:
             return
         names: Any = self.target_modules
@@ -65,8 +64,7 @@ def attach_lora(base: nn.Module, spec: LoraSpec) -> LoraPolicy:
     Raises AdapterError, `base` left as it was: it carries an adapter already, is no causal language model of
     Transformers, gives no finite logits, or lacks one of the layers.
     """
-    if not isinstance(spec, LoraSpec):
-        raise OptionError("spec", f"must be a LoraSpec, not a {type(spec).__name__}")
+    a_record("spec", spec, LoraSpec)
     _refuse_unfit(base)
     targets = list(spec.target_modules or linear_names(base))
     _refuse_unknown(base, targets)
@@ -193,6 +191,9 @@ def _plain_config(config: Any, base_name: str) -> dict[str, Any]:
 
 def _refuse_unfit(base: nn.Module) -> None:
     """Raises AdapterError for what no adapter can be put on, before anything is touched."""
+    if not isinstance(base, nn.Module):
+        message = f"the base is a {type(base).__name__}, no model: load it with AutoModelForCausalLM"
+        raise AdapterError(message, code="unsupported_base")
     if isinstance(base, PeftModel) or any(".lora_A" in name or ".lora_B" in name for name, _ in base.named_modules()):
         raise AdapterError("the base model still carries an adapter: detach it first", code="second_adapter")
     if not isinstance(base, PreTrainedModel):
