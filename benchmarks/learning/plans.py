@@ -86,15 +86,17 @@ def says(learner: Learner, key: str, feedback: str) -> Callable[[], str]:
     return lambda: learner.rng.choice(texts)
 
 
-def sequence(demo: Demo, method: Method, keys: Sequence[str], seed: int) -> Record:
-    """Three preferences in a row, all scored after every second batch and each lesson; then the second is withdrawn."""
+def sequence(demo: Demo, method: Method, keys: Sequence[str], seed: int, *, traced: bool = True) -> Record:
+    """Three preferences in a row, all scored after each lesson and, `traced`, after every second batch; then the second
+    is withdrawn. Scoring draws nothing: what is learnt is the same without it."""
     learner = demo.learner(method, seed)
     try:
         trace, matrix = [], []
         for key in keys:
             for _ in range(LESSON // 2):
                 learner.prefer(key, 2)
-                trace.append(scored(learner, keys, CURVE_PROMPTS))
+                if traced:
+                    trace.append(scored(learner, keys, CURVE_PROMPTS))
             matrix.append(scored(learner, keys, END_PROMPTS))
         stood = list(learner.standing)
         return {
