@@ -31,7 +31,17 @@ from sdpo_core.options import Options
 from sdpo_core.path_choice import Route, choose
 from sdpo_core.paths import Part, Path
 from sdpo_core.policy import Policy
-from sdpo_core.report import BatchResult, Outcome, StepMetrics, StepPlan, StopReason, Sums, Watch, sample_outcome
+from sdpo_core.report import (
+    BatchResult,
+    Outcome,
+    StepMetrics,
+    StepPlan,
+    StopReason,
+    Sums,
+    Watch,
+    cautioned,
+    sample_outcome,
+)
 from sdpo_core.samples import Sample, pad_rows
 from sdpo_core.scoring import Fixed, score_fixed
 
@@ -75,7 +85,7 @@ def train_batch(
     route = choose(policy, options, ema)
     known = live_targets(policy, samples, targets, options, ema)
     if not live:
-        return BatchResult((), outcomes, "nothing_to_teach")
+        return BatchResult((), outcomes, "nothing_to_teach", cautioned(options.cautions))
     run = _Run(route, optimizer, live, _live_weights(samples, options), ema, known)
     run.check_base("before the first step")
     stop_reason: StopReason = "steps"
@@ -91,7 +101,7 @@ def train_batch(
             break
     run.check_base("after the last step")
     run.move_teacher()
-    return BatchResult(tuple(run.history), outcomes, stop_reason, tuple(run.watch.warnings))
+    return BatchResult(tuple(run.history), outcomes, stop_reason, (*cautioned(options.cautions), *run.watch.warnings))
 
 
 def _live_weights(samples: Sequence[Sample], options: Options) -> list[float]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from sdpo_core.errors import AdapterError
+from sdpo_core.given import a_policy, a_record
 from sdpo_core.options import Options
 from sdpo_core.policy import Policy
 
@@ -27,7 +28,9 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def make_optimizer(policy: Policy, options: Options) -> AdamW:
-    """A fresh AdamW over `policy.trainable()`."""
+    """A fresh AdamW over `policy.trainable()`. Raises OptionError for what is no policy or no options."""
+    a_policy(policy)
+    a_record("options", options, Options)
     return AdamW(
         [parameter for _, parameter in policy.trainable()],
         lr=options.learning_rate,
@@ -43,6 +46,8 @@ def use_optimizer(policy: Policy, optimizer: Optimizer, options: Options) -> Non
     Raises AdapterError `foreign_optimizer` when it is not over the policy's own parameters, all of them and no others:
     it would train another adapter, or nothing.
     """
+    if not isinstance(optimizer, Optimizer):
+        raise _foreign(f"the optimizer is a {type(optimizer).__name__}: make it for this policy with make_optimizer")
     named = policy.trainable()
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if held != {id(parameter) for _, parameter in named}:
@@ -75,7 +80,7 @@ def save_optimizer(policy: Policy, optimizer: AdamW, directory: Path | str) -> N
 def load_optimizer(policy: Policy, options: Options, directory: Path | str) -> AdamW:
     """AdamW with the moments saved in `directory` and the hyperparameters of `options`.
 
-    Raises AdapterError when files are missing or a name or shape does not match this adapter.
+    Raises AdapterError when files are missing, a name or shape does not match this adapter, or values are not AdamW's.
     """
     steps, tensors = _read(Path(directory))
     optimizer = make_optimizer(policy, options)
@@ -99,7 +104,10 @@ def _read(directory: Path) -> tuple[dict[str, int], Mapping[str, Tensor]]:
     known = isinstance(meta, dict) and meta.get("format") == _FORMAT and meta.get("algorithm") == "adamw"
     if not known or not isinstance(meta.get("steps"), dict):
         raise _foreign(f"the optimizer state in {directory} has an unknown format")
-    return {str(k): int(v) for k, v in meta["steps"].items()}, tensors
+    for name, count in meta["steps"].items():
+        if type(count) is not int or count < 1:
+            raise _foreign(f"the saved optimizer state counts {count!r} steps of '{name}'")
+    return dict(meta["steps"]), tensors
 
 
 def _moment(tensors: Mapping[str, Tensor], key: str, parameter: Tensor) -> Tensor:
@@ -108,6 +116,8 @@ def _moment(tensors: Mapping[str, Tensor], key: str, parameter: Tensor) -> Tenso
         raise _foreign(f"the saved optimizer state '{key}' is missing or has another shape than the adapter")
     if not bool(torch.isfinite(value).all()):
         raise _foreign(f"the saved optimizer state '{key}' holds values that are not finite")
+    if key.startswith("exp_avg_sq.") and bool((value < 0).any()):
+        raise _foreign(f"the saved optimizer state '{key}' holds means of squares below 0")
     return value.to(device=parameter.device, dtype=parameter.dtype)
 
 

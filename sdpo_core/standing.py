@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sdpo_core.chat import ChatTokenizer, chat_ids
-from sdpo_core.errors import OptionError
+from sdpo_core.given import a_policy, listed, number, whole
 from sdpo_core.hearing import Hearing, Probe
 from sdpo_core.teacher_context import usable_remarks
 from sdpo_core.writing import Writer
@@ -159,10 +159,17 @@ def update_standing(
     `max_new_tokens`. A probe that with all remarks and such an answer is beyond the model's window is passed over.
     Without probes nothing can be judged: the merged list stands. The bounds hold for the batch's own remarks, before
     they are judged, and for what stands in the end: many wordings of one wish do not push out the others.
-    Raises SampleError for remarks and conversations that are no text, OptionError for less than one probe.
+    Raises SampleError for remarks and conversations that are no text, OptionError for bounds below 1 and an `eps`
+    that is no number.
     """
-    if max_probes < 1:
-        raise OptionError("max_probes", "judge on one conversation at least")
+    a_policy(policy)
+    number("eps", eps)
+    for name, value in (
+        ("max_items", max_items), ("max_tokens", max_tokens), ("max_probes", max_probes),
+        ("max_new_tokens", max_new_tokens),
+    ):  # fmt: skip
+        whole(name, value)
+    probes = listed("probes", probes, Probe)
 
     def bounded(older: Sequence[str], newer: Sequence[str]) -> list[str]:
         return merge(
