@@ -71,23 +71,24 @@ def select(standing: Sequence[str], new: Sequence[str], change: Change, *, eps: 
     a repeat and goes. If it does, older remarks that it contradicts go: those that are not heard before it but would be
     after it. What merely happens to be fulfilled without being said stays, and so does what these prompts are not
     about: for those the order does not matter. A remark that asks for what the bare model does anyway contradicts, and
-    then goes as well. An exact repeat counts at its newest place.
+    then goes as well; it is easily lost among others, so it is judged beside each older one alone too. An exact repeat
+    counts at its newest place.
     """
     judge = _Judge(change, eps)
     fresh = usable_remarks(new)
     stand = [r for r in usable_remarks(standing) if r not in fresh]
     dropped: list[tuple[str, Why]] = []
     for remark in fresh:
-        if not judge.differs(stand, [*stand, remark]):
-            dropped.append((remark, "changes_nothing" if judge.silent(remark) else "repeated"))
-            continue
-        lost = judge.contradicted(remark, stand)
+        heard, silent = judge.differs(stand, [*stand, remark]), judge.silent(remark)
+        lost = judge.contradicted(remark, stand) if heard else []
+        if silent and not lost:
+            lost = judge.taken_back(remark, stand)
         dropped += [(older, "contradicted") for older in lost]
         stand = [older for older in stand if older not in lost]
-        if judge.silent(remark):
-            dropped.append((remark, "changes_nothing"))
-        else:
+        if heard and not silent:
             stand.append(remark)
+        else:
+            dropped.append((remark, "changes_nothing" if silent else "repeated"))
     repeats = judge.repeats(stand)
     dropped += [(remark, "repeated") for remark in repeats]
     return Standing(tuple(r for r in stand if r not in repeats), tuple(dropped))
@@ -116,6 +117,13 @@ class _Judge:
             for older in stand
             if not self.differs(told, [r for r in told if r != older])
             and self.differs(told, [*(r for r in told if r != older), older])
+        ]
+
+    def taken_back(self, newest: str, stand: Sequence[str]) -> list[str]:
+        """Those of `stand` that `newest`, which changes nothing alone, contradicts when nothing else is said. What
+        moves the teacher only behind another remark can only speak against that one."""
+        return [
+            older for older in stand if self.differs([older], [older, newest]) and self.contradicted(newest, [older])
         ]
 
     def repeats(self, stand: Sequence[str]) -> list[str]:

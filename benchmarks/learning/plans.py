@@ -146,6 +146,18 @@ def in_prompt(demo: Demo, key: str, seed: int, told: int) -> Record:
         learner.close()
 
 
+def oracle(demo: Demo, keys: Sequence[str], standing: Sequence[str]) -> Record:
+    """The bare model told what stood at the end of a sequence: what that sequence's adapter has to match."""
+    learner = demo.learner(Method(), 0)
+    try:
+        questions = panel(END_PROMPTS)
+        answers = learner.told([asked(q.prompt) for q in questions], [standing] * len(questions))
+        found = asdict(judged(questions, answers, keys))
+        return {"standing": list(standing), "content": found["content"], "complies": found["complies"]}
+    finally:
+        learner.close()
+
+
 def timed(run: Callable[[], Record]) -> Record:
     """The record with the CPU seconds it took."""
     started = time.process_time()

@@ -45,10 +45,12 @@ _SAMPLED: dict[str, Any] = {"alpha": 1.0, "support": "sampled", "top_k": None}
 SETTINGS: tuple[Setting, ...] = (
     Setting("centre", "centre", ("single", "sequence")),
     Setting("rollouts both", "rollouts", ("single", "sequence"), {"rollouts": "both"}, every_order=True),
+    Setting("rollouts both, new seeds", "new seeds", ("sequence",), {"rollouts": "both"}, seeds=(4, 5, 6, 7)),
     Setting("contentless", "control", ("single",), feedback="contentless"),
     Setting("shuffled", "control", ("single",), feedback="shuffled"),
     Setting("A/A", "control", ("single",), seeds=(4, 5, 6, 7)),
     Setting("rollouts teacher", "rollouts", ("single", "sequence"), {"rollouts": "teacher"}, every_order=True),
+    Setting("rollouts teacher, new seeds", "new seeds", ("sequence",), {"rollouts": "teacher"}, seeds=(4, 5, 6, 7)),
     _single("late", "3 late", late=3),
     _single("late", "3 late, refresh off", late=3, refresh=False),
     _single("late", "3 late, no ratio", late=3, is_clip=None),

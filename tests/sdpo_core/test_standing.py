@@ -60,6 +60,40 @@ def test_going_back_to_the_default_drops_both() -> None:
     assert dict(result.dropped) == {"end=hope": "contradicted", "end=default": "changes_nothing"}
 
 
+@dataclass
+class Overwhelmed(Obedient):
+    """Takes no notice of a return to the default while more than one thing else is said."""
+
+    def answer(self, remarks: Sequence[str]) -> dict[str, str]:
+        said = [r for r in remarks if "=" in r]
+        clear = [r for r in said if "default" not in r]
+        return super().answer(said if len(clear) <= 1 else clear)
+
+
+def test_going_back_to_the_default_is_heard_beside_the_older_remark_alone() -> None:
+    """Among all that stands the teacher does not notice it; what it speaks against must not stand on."""
+    teacher = Overwhelmed()
+    assert teacher(["end=hope", "case=upper"], ["end=hope", "case=upper", "end=default"]) == 0.0
+    result = select(["end=hope", "case=upper"], ["end=default", "lovely"], teacher)
+    assert result.remarks == ("case=upper",)
+    assert dict(result.dropped) == {
+        "end=hope": "contradicted", "end=default": "changes_nothing", "lovely": "changes_nothing",
+    }  # fmt: skip
+
+
+def test_a_default_of_another_kind_takes_nothing_back() -> None:
+    """Nor does a teacher that follows a return to the default only here and there."""
+    assert select(["end=hope", "case=upper"], ["start=default"], Overwhelmed()).remarks == ("end=hope", "case=upper")
+
+    def half(told: Sequence[str], instead: Sequence[str]) -> float:
+        """Praise beside a weak wish: some answers change, the wish is still heard in the others."""
+        return {(("weak",), ("weak", "thanks")): 2.0, (("weak", "thanks"), ("thanks",)): 3.0}.get(
+            (tuple(told), tuple(instead)), 0.0
+        )
+
+    assert select(["weak"], ["thanks"], half).remarks == ("weak",)
+
+
 def test_praise_does_not_stand() -> None:
     result = select(["end=hope"], ["lovely", "thank you", "lovely"], Obedient())
     assert result.remarks == ("end=hope",)
