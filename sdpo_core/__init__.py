@@ -19,6 +19,7 @@ from sdpo_core.errors import (
     TargetError,
 )
 from sdpo_core.explain import Explanation, explain
+from sdpo_core.hearing import Probe
 from sdpo_core.identity import AnchorScore, TeacherTarget
 from sdpo_core.loop import train_batch
 from sdpo_core.lora import LoraPolicy, LoraSpec, attach_lora, attached, detach, load_lora, save_lora
@@ -30,7 +31,7 @@ from sdpo_core.report import Audit, BatchResult, BatchWarning, SampleOutcome, St
 from sdpo_core.rollouts import learnt_from
 from sdpo_core.samples import Sample, TokenBatch
 from sdpo_core.signals import PolicyGradient
-from sdpo_core.standing import Probe, Standing, update_standing
+from sdpo_core.standing import Standing, update_standing
 from sdpo_core.teacher_context import ContextTemplate, teacher_messages, usable_remarks
 from sdpo_core.teacher_prompt import TeacherPrompt, teacher_prompt
 from sdpo_core.withdraw import withdraw

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -49,6 +49,7 @@ def live_targets(
     if targets is None:
         return []
     _refuse_live(options)
+    targets = _listed(targets)
     if len(targets) != len(samples):
         raise TargetError(f"{len(targets)} targets for {len(samples)} samples")
     known = []
@@ -90,6 +91,13 @@ def live_anchors(
             check_key(row, found.key, wanted, "anchor_scores")
             known.append(found.score)
     return known
+
+
+def _listed(targets: Iterable[TeacherTarget]) -> list[TeacherTarget]:
+    try:
+        return list(targets)
+    except TypeError as error:
+        raise TargetError("targets are a list of TeacherTarget: give what teacher_targets gave") from error
 
 
 def _refuse_live(options: Options) -> None:

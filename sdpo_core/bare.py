@@ -19,9 +19,10 @@ from sdpo_core.fast.decoder import head_of, hidden_states, obstacle_in
 from sdpo_core.fast.head import Head
 from sdpo_core.fast.packing import PackedBatch
 from sdpo_core.fast.prefixes import Read, read_behind, reads_on
-from sdpo_core.lora_policy import kept_logits, seal_of, takes_logits_to_keep, vocabulary_of, window_of
+from sdpo_core.lora_policy import kept_logits, takes_logits_to_keep
 from sdpo_core.lowrank import LowRank
 from sdpo_core.samples import TokenBatch
+from sdpo_core.seal import seal_of, vocabulary_of, window_of
 from sdpo_core.writing import ends_of, write_greedily
 
 
@@ -49,9 +50,10 @@ class BarePolicy:
         return vocabulary_of(self._base)
 
     @cached_property
-    def base_seal(self) -> Tensor:
+    def base_seal(self) -> tuple[Tensor, ...]:
         """See `LoraPolicy.base_seal`: equal for the same base."""
-        return seal_of(self._base)
+        seal = seal_of(self._base)
+        return seal.sums, seal.answers
 
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
         return []

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
-from sdpo_core.errors import ContextTooLong, OptionError, SampleError
+from sdpo_core.errors import ContextTooLong, SampleError
+from sdpo_core.given import a_policy, a_record, listed
 from sdpo_core.options import Options
 from sdpo_core.policy import Policy
 from sdpo_core.samples import Sample
@@ -31,8 +32,8 @@ def taught_parts(policy: Policy, samples: Sequence[Sample], options: Options) ->
 
     Raises ContextTooLong and SampleError for a live sample that the model cannot read. Dead ones are never read.
     """
-    if not isinstance(options, Options):
-        raise OptionError("options", f"must be an Options, not a {type(options).__name__}")
+    a_policy(policy)
+    a_record("options", options, Options)
     parts = [sample.without_first(options.skip_tokens) for sample in listed_samples(samples)]
     check_readable(policy, parts)
     return parts
@@ -40,10 +41,15 @@ def taught_parts(policy: Policy, samples: Sequence[Sample], options: Options) ->
 
 def listed_samples(samples: Iterable[Sample]) -> list[Sample]:
     """They are read more than once. Raises SampleError for anything else."""
-    found = [] if isinstance(samples, Sample) else list(samples)
-    if isinstance(samples, Sample) or not all(isinstance(s, Sample) for s in found):
-        raise SampleError("samples are a list of Sample")
-    return found
+    return listed("samples", samples, Sample)
+
+
+def listed_prompts(prompts: Iterable[Sequence[int]]) -> list[tuple[int, ...]]:
+    """Rows of token ids. Raises SampleError for anything else; what the ids are, a Sample says."""
+    try:
+        return [tuple(prompt) for prompt in prompts]
+    except TypeError as error:
+        raise SampleError(f"untold_prompts are rows of token ids: {error}") from error
 
 
 def check_readable(policy: Policy, samples: Sequence[Sample]) -> None:

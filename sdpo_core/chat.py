@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from jinja2.exceptions import TemplateError
 
-from sdpo_core.errors import SampleError
+from sdpo_core.errors import OptionError, SampleError
 from sdpo_core.messages import check_text, readable_messages
 
 
@@ -30,9 +30,16 @@ def chat_ids(
     Equal to `apply_chat_template(..., tokenize=True)` for text without control-token strings. A string such as
     "<|im_end|>" inside a message is tokenised as the ordinary characters it consists of. Of contents in parts the text
     is taken. Templates build control tokens around the role, so a role that is not a plain word raises SampleError; so
-    do contents other than text, text that is no valid Unicode, and what the template itself refuses.
+    do contents other than text, text that is no valid Unicode, tools that are no list,
+    and what the template itself refuses.
     """
     messages = readable_messages(messages)
+    if not hasattr(tokenizer, "apply_chat_template"):
+        raise OptionError("tokenizer", f"must be a tokenizer of Transformers, not {type(tokenizer).__name__}")
+    if tools is not None and not isinstance(tools, list | tuple):
+        raise SampleError(f"tools are a list, not {type(tools).__name__}", code="bad_message")
+    if template_options is not None and not isinstance(template_options, Mapping):
+        raise SampleError("template_options are a mapping of names to values", code="bad_message")
     check_text(tools, "the tools")
     try:
         ids = tokenizer.apply_chat_template(

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from sdpo_core import divergence as dv
-from sdpo_core.batch_checks import listed_samples, taught_parts
+from sdpo_core.batch_checks import listed_prompts, listed_samples, taught_parts
 from sdpo_core.ema import EmaTeacher
 from sdpo_core.errors import SampleError
+from sdpo_core.given import number
 from sdpo_core.options import Options
 from sdpo_core.policy import Policy, response_logits
 from sdpo_core.samples import Sample
@@ -97,10 +98,11 @@ def explain(
     not one prompt for each sample, ContextTooLong and SampleError for samples that the model cannot read.
     """
     samples = listed_samples(samples)
-    prompts = [s.prompt_ids for s in samples] if untold_prompts is None else untold_prompts
+    number("threshold", threshold)
+    prompts = [s.prompt_ids for s in samples] if untold_prompts is None else listed_prompts(untold_prompts)
     if len(prompts) != len(samples):
         raise SampleError(f"{len(prompts)} untold prompts for {len(samples)} samples")
-    untold = [replace(s, teacher_prompt_ids=tuple(p)) for s, p in zip(samples, prompts, strict=True)]
+    untold = [replace(s, teacher_prompt_ids=p) for s, p in zip(samples, prompts, strict=True)]
     samples, untold = taught_parts(policy, samples, options), taught_parts(policy, untold, options)
     scorer = Scorer(policy, options, ema)
     live = [i for i, s in enumerate(samples) if s.live]

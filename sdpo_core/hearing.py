@@ -32,7 +32,18 @@ _PLAUSIBLE = 0.02
 """Behind a token that either gives less than this, opinions mean nothing."""
 
 Remarks = tuple[str, ...]
-Chat = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A conversation to which the teacher's answers are compared, and the answer that was remarked on."""
+
+    messages: Sequence[Mapping[str, Any]]
+    response_ids: tuple[int, ...]
+    tools: Sequence[Any] | None = None
+    """What the conversation offered the model, as in `teacher_prompt`: the judge reads what training does."""
+    template_options: Mapping[str, Any] | None = None
+    """What else the chat template was given."""
 
 
 @dataclass
@@ -41,7 +52,7 @@ class Hearing:
 
     policy: Writer
     tokenizer: ChatTokenizer
-    chats: Sequence[Chat]
+    probes: Sequence[Probe]
     max_new_tokens: int = 128
     """Of each answer that is looked at; what comes later is not judged."""
     micro_batch_tokens: int = 8192
@@ -55,11 +66,11 @@ class Hearing:
         """On at most so many of the conversations, evenly spread over those that fit the window with `told` and an
         answer."""
         window = getattr(self.policy, "window", None)
-        chats = self.chats
+        probes = self.probes
         if window is not None:
             prompts = self._prompts(tuple(told))
-            chats = [c for c, p in zip(chats, prompts, strict=True) if len(p) + self.max_new_tokens <= window]
-        return replace(self, chats=chats[:: max(1, -(-len(chats) // most))])
+            probes = [b for b, p in zip(probes, prompts, strict=True) if len(p) + self.max_new_tokens <= window]
+        return replace(self, probes=probes[:: max(1, -(-len(probes) // most))])
 
     def change(self, told: Sequence[str], instead: Sequence[str]) -> float:
         """How differently the teacher would go on with its answers, told `instead` of `told`: nats.
@@ -77,8 +88,15 @@ class Hearing:
         return sum(peaks) / len(peaks)
 
     def _prompts(self, told: Remarks) -> list[list[int]]:
-        messages = [teacher_messages(chat, told, None, self.template) for chat in self.chats]
-        return [chat_ids(self.tokenizer, m) for m in messages]
+        return [
+            chat_ids(
+                self.tokenizer,
+                teacher_messages(probe.messages, told, None, self.template),
+                tools=probe.tools,
+                template_options=probe.template_options,
+            )
+            for probe in self.probes
+        ]
 
     def _text(self, told: Remarks) -> list[tuple[int, ...]]:
         if told not in self._written:

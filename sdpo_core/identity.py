@@ -24,7 +24,7 @@ class KnownBase(Protocol):
     """A policy that can say which base it stands on."""
 
     @property
-    def base_seal(self) -> Tensor | None: ...
+    def base_seal(self) -> tuple[Tensor, ...] | None: ...
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def _teacher(policy: Policy, options: Options, ema: EmaTeacher | None) -> str:
 def _base(policy: Policy) -> str:
     if not isinstance(policy, KnownBase) or policy.base_seal is None:
         return ""
-    return _digest([policy.base_seal])
+    return _digest(policy.base_seal)
 
 
 @torch.no_grad()

@@ -32,7 +32,17 @@ from sdpo_core.path_choice import Route, choose
 from sdpo_core.paths import Part, Path
 from sdpo_core.policy import Policy
 from sdpo_core.ranks import LONE, Ranks, any_rank, total
-from sdpo_core.report import BatchResult, Outcome, StepMetrics, StepPlan, StopReason, Sums, Watch, sample_outcome
+from sdpo_core.report import (
+    BatchResult,
+    Outcome,
+    StepMetrics,
+    StepPlan,
+    StopReason,
+    Sums,
+    Watch,
+    cautioned,
+    sample_outcome,
+)
 from sdpo_core.samples import Sample, pad_rows
 from sdpo_core.scoring import BaseScore, Fixed, score_fixed
 from sdpo_core.sharing import SharedScorer
@@ -79,7 +89,7 @@ def train_batch(
     known = live_targets(policy, samples, targets, options, ema)
     scored = live_anchors(policy, samples, anchors)
     if not live:
-        return BatchResult((), outcomes, "nothing_to_teach")
+        return BatchResult((), outcomes, "nothing_to_teach", cautioned(options.cautions))
     run = _Run(route, optimizer, live, _live_weights(samples, options), ema, known, scored, ranks)
     run.check_base("before the first step")
     stop_reason: StopReason = "steps"
@@ -95,7 +105,7 @@ def train_batch(
             break
     run.check_base("after the last step")
     run.move_teacher()
-    return BatchResult(tuple(run.history), outcomes, stop_reason, tuple(run.watch.warnings))
+    return BatchResult(tuple(run.history), outcomes, stop_reason, (*cautioned(options.cautions), *run.watch.warnings))
 
 
 def _live_weights(samples: Sequence[Sample], options: Options) -> list[float]:

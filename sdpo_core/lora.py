@@ -25,8 +25,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sdpo_core.errors import AdapterError, OptionError
-from sdpo_core.lora_policy import LoraPolicy, seal_of
+from sdpo_core.given import a_record, whole
+from sdpo_core.lora_policy import LoraPolicy
 from sdpo_core.saved import SavedLora
+from sdpo_core.seal import BaseSeal, seal_of
 from sdpo_core.undo import undone_on_error
 
 __all__ = ["LoraPolicy", "LoraSpec", "attach_lora", "attached", "detach", "linear_names", "load_lora", "save_lora"]
@@ -49,9 +51,7 @@ class LoraSpec:
 
     def __post_init__(self) -> None:
         for name, least in (("rank", 1), ("alpha", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise OptionError(name, f"must be a whole number, {least} or more, not {value!r}")
+            whole(name, getattr(self, name), least)
         if self.target_modules is None:
             return
         names: Any = self.target_modules
@@ -67,8 +67,7 @@ def attach_lora(base: nn.Module, spec: LoraSpec, obstacle: str | None = None) ->
     Raises AdapterError, `base` left as it was: it carries an adapter already, is no causal language model of
     Transformers, gives no finite logits, or lacks one of the layers.
     """
-    if not isinstance(spec, LoraSpec):
-        raise OptionError("spec", f"must be a LoraSpec, not a {type(spec).__name__}")
+    a_record("spec", spec, LoraSpec)
     _refuse_unfit(base)
     targets = list(spec.target_modules or linear_names(base))
     _refuse_unknown(base, targets)
@@ -211,6 +210,9 @@ def _plain_config(config: Any, base_name: str) -> dict[str, Any]:
 
 def _refuse_unfit(base: nn.Module) -> None:
     """Raises AdapterError for what no adapter can be put on, before anything is touched."""
+    if not isinstance(base, nn.Module):
+        message = f"the base is a {type(base).__name__}, no model: load it with AutoModelForCausalLM"
+        raise AdapterError(message, code="unsupported_base")
     if isinstance(base, PeftModel) or any(".lora_A" in name or ".lora_B" in name for name, _ in base.named_modules()):
         raise AdapterError("the base model still carries an adapter: detach it first", code="second_adapter")
     if not isinstance(base, PreTrainedModel):
@@ -243,12 +245,12 @@ def _refuse_kind(config: Any, where: str) -> None:
         raise AdapterError(f"the adapter in {where} is no plain LoRA: its {odd[0]} is {getattr(config, odd[0])!r}")
 
 
-def _seal(base: nn.Module) -> torch.Tensor:
+def _seal(base: nn.Module) -> BaseSeal:
     """Raises AdapterError for a base that would only teach nan."""
     try:
         seal = seal_of(base)
     except (TypeError, AttributeError, IndexError) as error:
         raise AdapterError(f"the base model gives no logits for token ids: {error}", code="unsupported_base") from error
-    if bool((seal.isnan() | (seal == torch.inf)).any()):
+    if bool((seal.answers.isnan() | (seal.answers == torch.inf)).any()):
         raise AdapterError("the base model's logits are not finite: its weights are damaged", code="base_not_finite")
     return seal

@@ -20,13 +20,14 @@ from sdpo_core.fast.head import Head
 from sdpo_core.fast.packing import PackedBatch
 from sdpo_core.lowrank import LowRank
 from sdpo_core.samples import TokenBatch
+from sdpo_core.seal import BaseSeal, seal_of, vocabulary_of, window_of
 from sdpo_core.writing import ends_of, write_greedily
 
 
 class LoraPolicy:
     """A base model with one LoRA adapter attached; implements `sdpo_core.ema.DeltaPolicy`."""
 
-    def __init__(self, model: PeftModel, seal: Tensor | None = None, obstacle: str | None = None) -> None:
+    def __init__(self, model: PeftModel, seal: BaseSeal | None = None, obstacle: str | None = None) -> None:
         """`obstacle`: what `obstacle_in(base)` says, where it is known already."""
         self.model = model.eval()  # no dropout anywhere: a step must be reproducible
         self._seal = seal
@@ -48,11 +49,12 @@ class LoraPolicy:
             raise AdapterError(message, code="adapter_detached")
 
     def base_intact(self) -> bool:
-        """Whether the base, adapter off, still answers bit for bit as it did before the adapter was attached."""
+        """Whether the base, adapter off, is bit for bit what it was before the adapter was attached: every weight, and
+        what it answers."""
         if self._seal is None:
             return True
         with self._bare():
-            return torch.equal(seal_of(self.model), self._seal)
+            return self._seal.same(seal_of(self.model.get_base_model()))
 
     @property
     def device(self) -> torch.device:
@@ -70,13 +72,13 @@ class LoraPolicy:
         return vocabulary_of(self.model.get_base_model())
 
     @property
-    def base_seal(self) -> Tensor | None:
-        """What the base answered when the adapter was attached (`seal_of`): which base it is."""
-        return self._seal
+    def base_seal(self) -> tuple[Tensor, ...] | None:
+        """Which base it is: its weights' sums and its answers when the adapter was attached (`seal_of`)."""
+        return None if self._seal is None else (self._seal.sums, self._seal.answers)
 
     def base_unchanged(self, base: nn.Module) -> bool:
         """The same of the detached base."""
-        return self._seal is None or torch.equal(seal_of(base), self._seal)
+        return self._seal is None or self._seal.same(seal_of(base))
 
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
         """LoRA factors in model order, named as in the saved file's keys. Raises AdapterError `adapter_detached`."""
@@ -151,9 +153,9 @@ class LoraPolicy:
     def write(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, should_stop: Callable[[], bool] | None = None
     ) -> list[tuple[int, ...]]:
-        """Greedy answers of the base model, the adapter off."""
+        """Greedy answers of the base, the adapter off. Raises ContextTooLong for a prompt that fills the window."""
         with self._bare():
-            return write_greedily(self.model, prompts, max_new_tokens, should_stop)
+            return write_greedily(self.model, prompts, max_new_tokens, should_stop, self.window)
 
     @contextmanager
     def _bare(self, deltas: Mapping[str, LowRank] | None = None) -> Iterator[None]:
@@ -198,29 +200,3 @@ def kept_logits(model: Any, batch: TokenBatch, keeps: bool) -> Tensor:
 
 def takes_logits_to_keep(model: nn.Module) -> bool:
     return "logits_to_keep" in inspect.signature(model.forward).parameters
-
-
-@torch.no_grad()
-def seal_of(model: nn.Module) -> Tensor:
-    """What the model answers to a few fixed tokens, (7, V), fewer where window or vocabulary are smaller. A change of
-    weights that they depend on shows in it, to the bit: of any layer and the head, not of other tokens' embeddings."""
-    device = next(model.parameters()).device
-    length = min(7, vocabulary_of(model), window_of(model) or 7)
-    logits: Tensor = model.eval()(input_ids=torch.arange(length, device=device).unsqueeze(0), use_cache=False).logits
-    return logits[0].clone()
-
-
-def window_of(model: nn.Module) -> int | None:
-    """`max_position_embeddings` of a Transformers model's configuration, by whatever name it has it."""
-    window = getattr(_text_config(model), "max_position_embeddings", None)
-    return window if isinstance(window, int) and window > 0 else None
-
-
-def vocabulary_of(model: nn.Module) -> int:
-    """Entries of its vocabulary."""
-    return int(_text_config(model).vocab_size)
-
-
-def _text_config(model: nn.Module) -> Any:
-    config: Any = model.config
-    return config.get_text_config()

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from sdpo_core.errors import AdapterError
+from sdpo_core.given import a_policy, a_record
 from sdpo_core.options import Options
 from sdpo_core.policy import Policy
 from sdpo_core.saved import SavedMoments
@@ -28,7 +29,9 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def make_optimizer(policy: Policy, options: Options) -> AdamW:
-    """A fresh AdamW over `policy.trainable()`."""
+    """A fresh AdamW over `policy.trainable()`. Raises OptionError for what is no policy or no options."""
+    a_policy(policy)
+    a_record("options", options, Options)
     return AdamW(
         [parameter for _, parameter in policy.trainable()],
         lr=options.learning_rate,
@@ -44,6 +47,8 @@ def use_optimizer(policy: Policy, optimizer: Optimizer, options: Options) -> Non
     Raises AdapterError `foreign_optimizer` when it is not over the policy's own parameters, all of them and no others:
     it would train another adapter, or nothing.
     """
+    if not isinstance(optimizer, Optimizer):
+        raise _foreign(f"the optimizer is a {type(optimizer).__name__}: make it for this policy with make_optimizer")
     named = policy.trainable()
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if held != {id(parameter) for _, parameter in named}:
@@ -82,7 +87,7 @@ def optimizer_state(policy: Policy, optimizer: AdamW) -> SavedMoments:
 def load_optimizer(policy: Policy, options: Options, saved: Path | str | SavedMoments) -> AdamW:
     """AdamW with the moments saved in a directory, or in memory, and the hyperparameters of `options`.
 
-    Raises AdapterError when files are missing or a name or shape does not match this adapter.
+    Raises AdapterError when files are missing, a name or shape does not match this adapter, or values are not AdamW's.
     """
     state = saved if isinstance(saved, SavedMoments) else _read(Path(saved))
     optimizer = make_optimizer(policy, options)
@@ -106,7 +111,10 @@ def _read(directory: Path) -> SavedMoments:
     known = isinstance(meta, dict) and meta.get("format") == _FORMAT and meta.get("algorithm") == "adamw"
     if not known or not isinstance(meta.get("steps"), dict):
         raise _foreign(f"the optimizer state in {directory} has an unknown format")
-    return SavedMoments({str(k): int(v) for k, v in meta["steps"].items()}, tensors)
+    for name, count in meta["steps"].items():
+        if type(count) is not int or count < 1:
+            raise _foreign(f"the saved optimizer state counts {count!r} steps of '{name}'")
+    return SavedMoments(dict(meta["steps"]), tensors)
 
 
 def _moment(tensors: Mapping[str, Tensor], key: str, parameter: Tensor) -> Tensor:
@@ -115,6 +123,8 @@ def _moment(tensors: Mapping[str, Tensor], key: str, parameter: Tensor) -> Tenso
         raise _foreign(f"the saved optimizer state '{key}' is missing or has another shape than the adapter")
     if not bool(torch.isfinite(value).all()):
         raise _foreign(f"the saved optimizer state '{key}' holds values that are not finite")
+    if key.startswith("exp_avg_sq.") and bool((value < 0).any()):
+        raise _foreign(f"the saved optimizer state '{key}' holds means of squares below 0")
     return value.to(device=parameter.device, dtype=parameter.dtype, copy=True)  # steps write into it
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from sdpo_core.aggregation import Aggregation
 from sdpo_core.divergence import Outside, Support
 from sdpo_core.errors import OptionError
+from sdpo_core.given import shown
 from sdpo_core.signals import PolicyGradient
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def _check_types(o: Options) -> None:
     if rule is None:
         return
     if not isinstance(rule, PolicyGradient):
-        raise OptionError("policy_gradient", f"must be a PolicyGradient or None, not {_shown(rule)}")
+        raise OptionError("policy_gradient", f"must be a PolicyGradient or None, not {shown(rule)}")
     _typed(rule, "policy_gradient.")
 
 
@@ -43,13 +44,7 @@ def _typed(record: Any, prefix: str = "") -> None:
     for field in fields(record):
         fits, what = _TYPES.get(str(field.type), (_anything, ""))
         if not fits(value := getattr(record, field.name)):
-            raise OptionError(prefix + field.name, f"must be {what}, not {_shown(value)}")
-
-
-def _shown(value: Any) -> str:
-    """Cut: what was given by mistake may be a whole text."""
-    said = repr(value)
-    return said if len(said) <= 60 else f"{said[:57]}..."
+            raise OptionError(prefix + field.name, f"must be {what}, not {shown(value)}")
 
 
 def _is_bool(value: Any) -> bool:
@@ -90,7 +85,7 @@ def _check_names(o: Options) -> None:
     )  # fmt: skip
     for name, literal in choices:
         if not isinstance(value := getattr(o, name), str) or value not in get_args(literal):
-            raise OptionError(name, f"must be one of {', '.join(get_args(literal))}, not {_shown(value)}")
+            raise OptionError(name, f"must be one of {', '.join(get_args(literal))}, not {shown(value)}")
 
 
 def _check_bounds(o: Options) -> None:

@@ -16,6 +16,9 @@ from sdpo_core.errors import OptionError
 from sdpo_core.option_checks import PathChoice, RolloutCorrection, TeacherKind, check
 from sdpo_core.signals import PolicyGradient
 
+_NEAR_END = 0.01
+"""A mixture is at most the entropy of (alpha, 1 - alpha): .056 nats here."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -120,7 +123,7 @@ class Options:
 
     @property
     def cautions(self) -> tuple[str, ...]:
-        """Known risks of these settings, in words; empty for the presets."""
+        """Known risks of these settings, in words; empty for the defaults. `BatchResult.warnings` has them as well."""
         found = []
         if self.teacher_mix > 0.5:
             found.append("teacher_mix: a teacher that follows the student can drift with it until content collapses")
@@ -130,6 +133,11 @@ class Options:
             found.append("teacher_rate: a fast moving average is nearly the student and drifts with it")
         if self.teacher == "ema" and self.teacher_rate == 0:
             found.append("teacher_rate: at 0 the moving average never moves and stays as it was made")
+        if 0 < self.alpha < _NEAR_END or 1 - _NEAR_END < self.alpha < 1:
+            found.append(
+                f"alpha: at {self.alpha:g} the mixture's value and gradient are nearly 0, and little is trained; the "
+                "ends, 0 and 1, are formulas of their own"
+            )
         if 0 < self.alpha < 1:
             found.append("alpha: a mixture has almost no gradient on tokens the student gives no probability")
         if self.support == "sampled":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,12 +15,15 @@ from sdpo_core.terms import TokenTerms
 StopReason = Literal["steps", "gap_closed", "cancelled", "nothing_to_teach"]
 Behaviour = Literal["engine", "recomputed"]
 Outcome = Literal["updated", "gap_closed", "non_finite"]
-WarningCode = Literal["stale_metrics", "base_not_bare", "base_changed", "non_finite_step", "teacher_truncated"]
+WarningCode = Literal[
+    "stale_metrics", "base_not_bare", "base_changed", "non_finite_step", "teacher_truncated", "risky_option"
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class BatchWarning:
-    """Something that a healthy run never shows. The code is stable; the words may change."""
+    """Something that a healthy run never shows, or a known risk of its options (`risky_option`). The code is stable;
+    the words may change."""
 
     code: WarningCode
     message: str
@@ -121,6 +125,11 @@ class BatchResult:
     @property
     def masked_samples(self) -> int:
         return sum(not s.taught for s in self.samples)
+
+
+def cautioned(cautions: Sequence[str]) -> tuple[BatchWarning, ...]:
+    """What is known to be risky of the options (`Options.cautions`), as warnings of the batch."""
+    return tuple(BatchWarning("risky_option", said) for said in cautions)
 
 
 def sample_outcome(sample: Sample) -> SampleOutcome:

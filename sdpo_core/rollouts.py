@@ -13,6 +13,7 @@ from typing import Literal, get_args
 
 from sdpo_core.batch_checks import check_readable, listed_samples
 from sdpo_core.errors import OptionError
+from sdpo_core.given import a_policy, whole
 from sdpo_core.path_choice import out_of_memory, release_memory
 from sdpo_core.ranks import LONE, Ranks
 from sdpo_core.samples import Sample, micro_batches
@@ -43,8 +44,13 @@ def learnt_from(
     longest prompt and answer of what is decoded together, one answer at least; half as many after a lack of memory.
     `on_written` hears after each group how many are done. Once `should_stop` is true, asked at each token, nothing
     more is written. `ranks`: several processes that share the writing; all get the same (`sharing.written_by_all`).
-    Raises OptionError for another name, ContextTooLong and SampleError for samples that the model cannot read.
+    Raises OptionError for another name and numbers below 1, ContextTooLong and SampleError for samples that the model
+    cannot read.
     """
+    a_policy(policy)
+    whole("batch_tokens", batch_tokens)
+    if max_new_tokens is not None:
+        whole("max_new_tokens", max_new_tokens)
     if rollouts not in get_args(Rollouts):
         raise OptionError("rollouts", f"must be one of {', '.join(get_args(Rollouts))}")
     batch = _Batch.of(policy, samples, max_new_tokens)

@@ -10,13 +10,13 @@ The decision (`select`) is apart from the model calls (sdpo_core.hearing), so it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from sdpo_core.chat import ChatTokenizer, chat_ids
-from sdpo_core.errors import OptionError
-from sdpo_core.hearing import Hearing
+from sdpo_core.given import a_policy, listed, number, whole
+from sdpo_core.hearing import Hearing, Probe
 from sdpo_core.teacher_context import usable_remarks
 from sdpo_core.writing import Writer
 
@@ -27,8 +27,7 @@ Change = Callable[[Sequence[str], Sequence[str]], float]
 """change(told, instead): how differently the teacher goes on with the answers that it writes when told `told`, if it is
 told `instead`; nats (sdpo_core.hearing)."""
 
-Why = Literal["repeated", "contradicted", "changes_nothing", "adds_nothing", "over_the_bound"]
-"""`adds_nothing`: one of `repeated` and `changes_nothing`, and nobody asked which."""
+Why = Literal["repeated", "contradicted", "changes_nothing", "over_the_bound"]
 
 
 @dataclass(frozen=True)
@@ -65,33 +64,31 @@ def merge(
     return kept[::-1]
 
 
-def select(
-    standing: Sequence[str], new: Sequence[str], change: Change, *, eps: float = DEFAULT_EPS, tell_why: bool = True
-) -> Standing:
+def select(standing: Sequence[str], new: Sequence[str], change: Change, *, eps: float = DEFAULT_EPS) -> Standing:
     """Which remarks stand after a batch whose own remarks are `new`, in order.
 
     Each new remark in turn: if the teacher, told the standing ones, does not change its answers for it, it is praise or
     a repeat and goes. If it does, older remarks that it contradicts go: those that are not heard before it but would be
     after it. What merely happens to be fulfilled without being said stays, and so does what these prompts are not
     about: for those the order does not matter. A remark that asks for what the bare model does anyway contradicts, and
-    then goes as well. An exact repeat counts at its newest place. Without `tell_why` praise and repeats are both called
-    `adds_nothing`, which saves one question about each of them.
+    then goes as well; it is easily lost among others, so it is judged beside each older one alone too. An exact repeat
+    counts at its newest place.
     """
     judge = _Judge(change, eps)
     fresh = usable_remarks(new)
     stand = [r for r in usable_remarks(standing) if r not in fresh]
     dropped: list[tuple[str, Why]] = []
     for remark in fresh:
-        if not judge.differs(stand, [*stand, remark]):
-            dropped.append((remark, judge.idle(remark) if tell_why else "adds_nothing"))
-            continue
-        lost = judge.contradicted(remark, stand)
+        heard, silent = judge.differs(stand, [*stand, remark]), judge.silent(remark)
+        lost = judge.contradicted(remark, stand) if heard else []
+        if silent and not lost:
+            lost = judge.taken_back(remark, stand)
         dropped += [(older, "contradicted") for older in lost]
         stand = [older for older in stand if older not in lost]
-        if judge.silent(remark):
-            dropped.append((remark, "changes_nothing"))
-        else:
+        if heard and not silent:
             stand.append(remark)
+        else:
+            dropped.append((remark, "changes_nothing" if silent else "repeated"))
     repeats = judge.repeats(stand)
     dropped += [(remark, "repeated") for remark in repeats]
     return Standing(tuple(r for r in stand if r not in repeats), tuple(dropped))
@@ -111,10 +108,6 @@ class _Judge:
         """Told alone, it changes nothing on these prompts."""
         return not self.differs([], [remark])
 
-    def idle(self, remark: str) -> Why:
-        """Why a remark that adds nothing to what stands does not."""
-        return "changes_nothing" if self.silent(remark) else "repeated"
-
     def contradicted(self, newest: str, stand: Sequence[str]) -> list[str]:
         """Those of `stand` that are not heard before `newest` but would be after it: where order decides, wishes
         exclude each other."""
@@ -124,6 +117,13 @@ class _Judge:
             for older in stand
             if not self.differs(told, [r for r in told if r != older])
             and self.differs(told, [*(r for r in told if r != older), older])
+        ]
+
+    def taken_back(self, newest: str, stand: Sequence[str]) -> list[str]:
+        """Those of `stand` that `newest`, which changes nothing alone, contradicts when nothing else is said. What
+        moves the teacher only behind another remark can only speak against that one."""
+        return [
+            older for older in stand if self.differs([older], [older, newest]) and self.contradicted(newest, [older])
         ]
 
     def repeats(self, stand: Sequence[str]) -> list[str]:
@@ -140,14 +140,6 @@ class _Judge:
         return not silent and not self.differs([a], [b]) and not self.differs([b], [a])
 
 
-@dataclass(frozen=True)
-class Probe:
-    """A conversation to which the teacher's answers are compared, and the answer that was remarked on."""
-
-    messages: Sequence[Mapping[str, Any]]
-    response_ids: tuple[int, ...]
-
-
 def update_standing(
     policy: Writer,
     tokenizer: ChatTokenizer,
@@ -160,7 +152,6 @@ def update_standing(
     max_tokens: int = 1024,
     max_probes: int = 8,
     max_new_tokens: int = 128,
-    tell_why: bool = True,
 ) -> Standing:
     """The remarks that stand after a batch whose own remarks are `new` and whose rollouts are `probes`.
 
@@ -168,11 +159,17 @@ def update_standing(
     `max_new_tokens`. A probe that with all remarks and such an answer is beyond the model's window is passed over.
     Without probes nothing can be judged: the merged list stands. The bounds hold for the batch's own remarks, before
     they are judged, and for what stands in the end: many wordings of one wish do not push out the others.
-    `tell_why` as in `select`.
-    Raises SampleError for remarks and conversations that are no text, OptionError for less than one probe.
+    Raises SampleError for remarks and conversations that are no text, OptionError for bounds below 1 and an `eps`
+    that is no number.
     """
-    if max_probes < 1:
-        raise OptionError("max_probes", "judge on one conversation at least")
+    a_policy(policy)
+    number("eps", eps)
+    for name, value in (
+        ("max_items", max_items), ("max_tokens", max_tokens), ("max_probes", max_probes),
+        ("max_new_tokens", max_new_tokens),
+    ):  # fmt: skip
+        whole(name, value)
+    probes = listed("probes", probes, Probe)
 
     def bounded(older: Sequence[str], newer: Sequence[str]) -> list[str]:
         return merge(
@@ -182,11 +179,9 @@ def update_standing(
     standing, new = usable_remarks(standing), usable_remarks(new)
     own = bounded([], new)
     older = bounded([r for r in standing if r not in new], [])
-    hearing = Hearing(policy, tokenizer, [p.messages for p in probes if p.response_ids], max_new_tokens)
+    hearing = Hearing(policy, tokenizer, [p for p in probes if p.response_ids], max_new_tokens)
     hearing = hearing.within(max_probes, [*older, *own])
-    chosen = (
-        select(older, own, hearing.change, eps=eps, tell_why=tell_why) if hearing.chats else Standing((*older, *own))
-    )
+    chosen = select(older, own, hearing.change, eps=eps) if hearing.probes else Standing((*older, *own))
     kept = bounded(chosen.remarks, [])
     judged = {remark for remark, _ in chosen.dropped}
     lost = [r for r in usable_remarks([*standing, *new]) if r not in kept and r not in judged]

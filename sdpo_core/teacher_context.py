@@ -18,7 +18,7 @@ that is told only the newest remark pulls the adapter away from everything it le
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,13 +40,16 @@ class ContextTemplate:
 DEFAULT_TEMPLATE = ContextTemplate()
 
 
-def usable_remarks(remarks: Sequence[str]) -> list[str]:
+def usable_remarks(remarks: Iterable[str]) -> list[str]:
     """Drop blank remarks and exact repeats; of a repeat the newest place is kept. Order: oldest first.
 
-    Raises SampleError `bad_remark` for one string in the place of a list, and for a remark that is no string.
+    Raises SampleError `bad_remark` for what is no list, one string too, and for a remark that is no string.
     """
     if isinstance(remarks, str):
         raise SampleError("remarks are a list: put the one remark into one", code="bad_remark")
+    if not isinstance(remarks, Iterable):
+        raise SampleError(f"remarks are a list, not {type(remarks).__name__}", code="bad_remark")
+    remarks = list(remarks)
     for remark in remarks:
         if not isinstance(remark, str):
             raise SampleError(f"a remark is text, not {type(remark).__name__}", code="bad_remark")

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdpo_core.chat import ChatTokenizer, chat_ids
-from sdpo_core.errors import ContextTooLong, OptionError
+from sdpo_core.errors import ContextTooLong
+from sdpo_core.given import whole
 from sdpo_core.teacher_context import (
     DEFAULT_TEMPLATE,
     ContextTemplate,
@@ -53,11 +54,11 @@ def teacher_prompt(
     `repetitions`: how often the item's own feedback is said, joined by a space (CLaaS). `standing_teaches`: an item
     without feedback of its own is taught as well, by what stands; that is how a withdrawn remark is unlearnt.
     `limit` is the number of tokens the prompt may have: the model's window less the response. Raises ContextTooLong
-    with both lengths when it does not fit even without standing remarks, OptionError for fewer than one repetition,
-    SampleError for a conversation or remarks as in `chat_ids` and `teacher_messages`.
+    with both lengths when it does not fit even without standing remarks, OptionError for fewer than one repetition or a
+    limit that is no whole number, SampleError for a conversation or remarks as in `chat_ids` and `teacher_messages`.
     """
-    if type(repetitions) is not int or repetitions < 1:
-        raise OptionError("repetitions", "feedback is said at least once")
+    whole("repetitions", repetitions)
+    whole("limit", limit, None)
     own = usable_remarks(["" if feedback is None else feedback])
     shown = feedback_block([], demonstration, template)
     taught = standing_teaches or bool(own) or bool(shown)

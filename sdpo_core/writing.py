@@ -8,6 +8,9 @@ from typing import Any, Protocol
 import torch
 from transformers import GenerationConfig, StoppingCriteriaList
 
+from sdpo_core.batch_checks import listed_samples
+from sdpo_core.errors import ContextTooLong
+from sdpo_core.given import whole
 from sdpo_core.policy import Policy
 from sdpo_core.samples import Sample
 
@@ -23,7 +26,10 @@ class Writer(Policy, Protocol):
     def write(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, should_stop: Callable[[], bool] | None = None
     ) -> list[tuple[int, ...]]:
-        """The base model's greedy answers (adapter off), end-of-turn token included where one was reached."""
+        """The base model's greedy answers (adapter off), end-of-turn token included where one was reached.
+
+        Raises ContextTooLong for a prompt that leaves no room in the model's window.
+        """
         ...
 
 
@@ -33,7 +39,11 @@ def teacher_written(
     """For each sample one with the answer that the base model writes when told the feedback, in place of the student's.
 
     All of them decoded together, unfinished ones (see `Writer.ends`) too; `rollouts.learnt_from` makes a batch of them.
+    Raises ContextTooLong, before anything is written, for a teacher's prompt that leaves no room for an answer in the
+    model's window; SampleError for what is no list of samples, OptionError for less than one token.
     """
+    samples = listed_samples(samples)
+    whole("max_new_tokens", max_new_tokens)
     if not samples:
         return []
     answers = policy.write([s.teacher_prompt_ids for s in samples], max_new_tokens, should_stop)
@@ -43,31 +53,45 @@ def teacher_written(
     ]
 
 
-@torch.no_grad()
 def write_greedily(
     model: Any,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     should_stop: Callable[[], bool] | None = None,
+    window: int | None = None,
 ) -> list[tuple[int, ...]]:
     """One answer per prompt, at least one token, with the end-of-turn token where it was reached.
 
     `model` is a Transformers model (or a PEFT one around it); the ids that end a turn are those of its generation
-    configuration. Nothing is written beyond its window, but for one token, and nothing more after the token at which
-    `should_stop` became true.
+    configuration. Nothing is written beyond `window`, and nothing more after the token at which `should_stop` became
+    true. A prompt that leaves less room than `max_new_tokens` is decoded alone, so that it cuts no other's answer
+    short; one that leaves none raises ContextTooLong, before anything is written.
     """
+    rooms = [max_new_tokens if window is None else min(max_new_tokens, window - len(p)) for p in prompts]
+    for prompt, room in zip(prompts, rooms, strict=True):
+        if room < 1 and window is not None:
+            raise ContextTooLong(len(prompt) + 1, window)
+    together = [row for row, room in enumerate(rooms) if room == max_new_tokens]
+    alone = [[row] for row, room in enumerate(rooms) if room < max_new_tokens]
+    written: dict[int, tuple[int, ...]] = {}
+    for rows in [together, *alone] if together else alone:
+        answers = _decode(model, [prompts[row] for row in rows], rooms[rows[0]], should_stop)
+        written |= zip(rows, answers, strict=True)
+    return [written[row] for row in range(len(prompts))]
+
+
+@torch.no_grad()
+def _decode(
+    model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, should_stop: Callable[[], bool] | None
+) -> list[tuple[int, ...]]:
     ends = ends_of(model)
     longest = max(len(p) for p in prompts)
-    room = getattr(model.config, "max_position_embeddings", longest + max_new_tokens) - longest
     device = next(model.parameters()).device
     out = model.generate(
         input_ids=torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device),
         attention_mask=torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device),
         generation_config=GenerationConfig(
-            do_sample=False,
-            max_new_tokens=max(1, min(max_new_tokens, room)),
-            eos_token_id=list(ends) or None,
-            pad_token_id=0,
+            do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=list(ends) or None, pad_token_id=0
         ),
         stopping_criteria=StoppingCriteriaList([] if should_stop is None else [_at_once(should_stop)]),
     )

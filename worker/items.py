@@ -8,8 +8,8 @@ from typing import Any
 from api_schemas.worker import Lease, LeasedItem
 from sdpo_core.chat import chat_ids
 from sdpo_core.errors import ContextTooLong, SampleError
+from sdpo_core.hearing import Probe
 from sdpo_core.samples import Sample
-from sdpo_core.standing import Probe
 from sdpo_core.teacher_prompt import TeacherPrompt, teacher_prompt
 from worker.base_model import BaseModel
 from worker.behaviour import behaviour_of
@@ -38,9 +38,10 @@ def untold_prompts(lease: Lease, base: BaseModel, samples: list[Sample]) -> list
 
 
 def probes_of(lease: Lease, samples: list[Sample]) -> list[Probe]:
-    """The batch's answers, as material for judging which remarks stand."""
+    """The batch's answers, as material for judging which remarks stand, behind the prompts that training reads."""
     return [
-        Probe(template_messages(item), sample.response_ids) for item, sample in zip(lease.items, samples, strict=True)
+        Probe(template_messages(item), sample.response_ids, item.tools, template_options(item))
+        for item, sample in zip(lease.items, samples, strict=True)
     ]
 
 

@@ -226,9 +226,7 @@ def _standing(job: _Prepared, base: BaseModel) -> list[str]:
     lease = job.lease
     new = [item.feedback for item in lease.items if item.standing]
     probes = probes_of(lease, job.samples)
-    return list(
-        update_standing(base.bare(), base.tokenizer, lease.standing_feedback, new, probes, tell_why=False).remarks
-    )
+    return list(update_standing(base.bare(), base.tokenizer, lease.standing_feedback, new, probes).remarks)
 
 
 def _write(

@@ -37,7 +37,7 @@ def main() -> None:
         parser.error(f"there is no setting or group {sorted(unknown)[0]!r}")
     torch.set_num_threads(1)
     if args.only != ["report"]:
-        run_missing(args.results, grid(args.only), lambda line: print(line, flush=True))
+        run_missing(args.results, grid(args.only, read(args.results)), lambda line: print(line, flush=True))
     write(read(args.results), args.page)
     print(f"wrote {args.page}")
 

@@ -7,6 +7,7 @@
 {{held|SETTING|OTHER}}   sequences: how many runs of SETTING hold, of those on units that OTHER has as well
 {{ends|SETTING|PLACE}}   sequences: the best end of the 1st, 2nd or 3rd preference
 {{versions|SETTING|N}}   sequences: the N-th lowest content, over the runs, of a version after a withdrawal
+{{all held|SETTING;...}}   sequences: how many runs of these hold together, of how many, with the interval
 {{worst withdrawn|SETTING,...}}   sequences: the most that any run of these still complies with what was withdrawn
 """
 
@@ -16,7 +17,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from benchmarks.learning.plans import Record
-from benchmarks.learning.stats import estimate, paired
+from benchmarks.learning.stats import estimate, exact, paired
 from benchmarks.learning.tables import Rows, sequence_summary, sequences, share, shown, single_table, singles
 
 
@@ -73,7 +74,14 @@ def _withdrawn(records: Sequence[Record], settings: str) -> str:
     return share(max(run.undone[0] for run in runs if run.undone is not None))
 
 
+def _all_held(records: Sequence[Record], settings: str) -> str:
+    holds = [run.holds for name in settings.split(";") for run in sequences(records, name).values()]
+    low, high = exact(sum(holds), len(holds))
+    return f"{sum(holds)} of {len(holds)} ({share(low)} to {share(high)})"
+
+
 _KINDS: dict[str, Callable[..., str]] = {
     "less": _less, "least": _least, "reach": _reach, "held": _held, "ends": _ends, "versions": _versions,
+    "all held": _all_held,
     "worst withdrawn": _withdrawn,
 }  # fmt: skip

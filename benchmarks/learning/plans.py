@@ -86,15 +86,17 @@ def says(learner: Learner, key: str, feedback: str) -> Callable[[], str]:
     return lambda: learner.rng.choice(texts)
 
 
-def sequence(demo: Demo, method: Method, keys: Sequence[str], seed: int) -> Record:
-    """Three preferences in a row, all scored after every second batch and each lesson; then the second is withdrawn."""
+def sequence(demo: Demo, method: Method, keys: Sequence[str], seed: int, *, traced: bool = True) -> Record:
+    """Three preferences in a row, all scored after each lesson and, `traced`, after every second batch; then the second
+    is withdrawn. Scoring draws nothing: what is learnt is the same without it."""
     learner = demo.learner(method, seed)
     try:
         trace, matrix = [], []
         for key in keys:
             for _ in range(LESSON // 2):
                 learner.prefer(key, 2)
-                trace.append(scored(learner, keys, CURVE_PROMPTS))
+                if traced:
+                    trace.append(scored(learner, keys, CURVE_PROMPTS))
             matrix.append(scored(learner, keys, END_PROMPTS))
         stood = list(learner.standing)
         return {
@@ -140,6 +142,18 @@ def in_prompt(demo: Demo, key: str, seed: int, told: int) -> Record:
         answers = learner.told([asked(q.prompt) for q in questions], remarks)
         found = asdict(judged(questions, answers, [key]))
         return {"told": told, "content": found["content"], "complies": found["complies"]}
+    finally:
+        learner.close()
+
+
+def oracle(demo: Demo, keys: Sequence[str], standing: Sequence[str]) -> Record:
+    """The bare model told what stood at the end of a sequence: what that sequence's adapter has to match."""
+    learner = demo.learner(Method(), 0)
+    try:
+        questions = panel(END_PROMPTS)
+        answers = learner.told([asked(q.prompt) for q in questions], [standing] * len(questions))
+        found = asdict(judged(questions, answers, keys))
+        return {"standing": list(standing), "content": found["content"], "complies": found["complies"]}
     finally:
         learner.close()
 

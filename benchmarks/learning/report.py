@@ -34,6 +34,7 @@ def write(records: Sequence[Record], page: Path) -> None:
         "PROMPT": tables.markdown(tables.prompt_table(records)),
         "SINGLE": tables.markdown(tables.single_table(records, names("single"))),
         "SEQUENCE": tables.markdown(tables.sequence_summary(records, names("sequence"))),
+        "ORACLE": tables.markdown(tables.oracle_table(records)),
         "SEQUENCE_RUNS": tables.markdown(tables.sequence_table(records, names("sequence"))),
         "COUNTS": counts(records),
     }

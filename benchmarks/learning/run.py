@@ -14,7 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.learning.person import load
-from benchmarks.learning.plans import STUDIED, Demo, Record, in_prompt, order, sequence, single, timed
+from benchmarks.learning.plans import (
+    STUDIED,
+    Demo,
+    Record,
+    in_prompt,
+    oracle,
+    order,
+    sequence,
+    single,
+    timed,
+)
 from benchmarks.learning.settings import SETTINGS, Setting
 
 TOLD = (0, 1, 4, 16, 32)
@@ -36,8 +46,9 @@ class Run:
         return {"plan": self.plan, "setting": self.setting, "unit": self.unit, "seed": self.seed}
 
 
-def grid(only: Sequence[str] = ()) -> Iterator[Run]:
-    """All runs, in order of value; `only` picks settings by group or name."""
+def grid(only: Sequence[str] = (), records: Iterable[Record] = ()) -> Iterator[Run]:
+    """All runs, in order of value; `only` picks settings by group or name. `records`: what is there already, for the
+    oracles of sequences are told what stood in the end."""
     for told in TOLD:
         yield from _prompted(told)
     chosen = [s for s in SETTINGS if not only or {s.name, s.group} & set(only)]
@@ -49,6 +60,7 @@ def grid(only: Sequence[str] = ()) -> Iterator[Run]:
     for setting in chosen:
         if setting.every_order:
             yield from _sequences(setting, (1, 2, 3))
+    yield from _oracles(records, [s.name for s in chosen if s.every_order])
 
 
 def _prompted(told: int) -> Iterator[Run]:
@@ -63,6 +75,14 @@ def _singles(setting: Setting) -> Iterator[Run]:
         for key in STUDIED:
             work = functools.partial(single, method=setting.method, key=key, seed=seed, feedback=setting.feedback)
             yield Run("single", setting.name, key, seed, work)
+
+
+def _oracles(records: Iterable[Record], settings: Sequence[str]) -> Iterator[Run]:
+    """One beside each sequence of the settings that is in the record."""
+    for r in records:
+        if r["plan"] == "sequence" and r["setting"] in settings:
+            work = functools.partial(oracle, keys=r["keys"], standing=r["standing"])
+            yield Run("oracle", r["setting"], r["unit"], r["seed"], work)
 
 
 def _sequences(setting: Setting, turns: Sequence[int]) -> Iterator[Run]:

@@ -189,6 +189,20 @@ def sequence_summary(records: Sequence[Record], settings: Sequence[str]) -> Rows
     return rows
 
 
+def oracle_table(records: Iterable[Record]) -> Rows:
+    """The untrained model told what stood at the end of each sequence of a setting: the lowest of any run."""
+    found: dict[str, list[Record]] = {}
+    for r in records:
+        if r["plan"] == "oracle":
+            found.setdefault(r["setting"], []).append(r)
+    rows = [["told what stood after", "runs", "lowest compliance", "mean content", "lowest content"]]
+    for setting, runs in sorted(found.items()):
+        lowest = min(value for r in runs for value in r["complies"].values())
+        contents = [r["content"] for r in runs]
+        rows.append([setting, f"{len(runs)}", share(lowest), share(statistics.fmean(contents)), share(min(contents))])
+    return rows
+
+
 def prompt_table(records: Iterable[Record]) -> Rows:
     """The untrained model with remarks in its prompt: compliance and content per preference."""
     cells = {(r["told"], r["unit"]): r for r in records if r["plan"] == "in prompt"}

@@ -118,7 +118,7 @@ def test_feedback_can_be_repeated(tokenizer: PreTrainedTokenizerFast) -> None:
     told = teacher_prompt(tokenizer, QUESTION, " own ", ["old"], limit=500, repetitions=3)
     assert told.remarks == ("old", "own")
     assert list(told.ids) == chat_ids(tokenizer, teacher_messages(QUESTION, ["old", "own own own"]))
-    with pytest.raises(ValueError, match="at least once"):
+    with pytest.raises(ValueError, match="1 or more"):
         teacher_prompt(tokenizer, QUESTION, "own", limit=500, repetitions=0)
 
 

@@ -50,6 +50,15 @@ class Runs:
         )
         return estimate(paired(values, reference)).of_zero
 
+    def oracles_beat_content_alone(self) -> bool:
+        """Against the adapters: their compliance within .03 on average, their content lower by .05 or more."""
+        told = [r for r in self.records if r["plan"] == "oracle"]
+        rows = [run for s in sorted({r["setting"] for r in told}) for run in self.row(s)]
+        complies = statistics.fmean(statistics.fmean(r["complies"].values()) for r in told)
+        reached = statistics.fmean(statistics.fmean(run.ends) for run in rows)
+        content = statistics.fmean(r["content"] for r in told)
+        return abs(complies - reached) < 0.03 and statistics.fmean(run.content for run in rows) < content - 0.05
+
     def mean(self, setting: str, measure: str, key: str | None = None) -> float:
         runs = self.single(setting) if key is None else self.of(setting, key)
         return statistics.fmean(getattr(run, measure) for run in runs)
@@ -172,7 +181,15 @@ CLAIMS: dict[str, Claim] = {
     "content falls in the middle of a lesson, to as little as .06": lambda r: (
         round(min(run.lowest_content for run in r.row("centre")), 2) == 0.06
     ),
-    "or less and the others stay": lambda r: all(
+    "Every preference is learnt and kept in all of them": lambda r: all(
+        min(run.ends) >= 0.9 for s in ("teacher", "both") for run in r.row(f"rollouts {s}, new seeds")
+    ),
+    "compliance is matched, content is not": lambda r: r.oracles_beat_content_alone(),
+    "alpha .5 and 1, and a teacher that follows the student, leave more of it": lambda r: all(
+        max(run.undone[0] for run in r.row(s) if run.undone is not None) > 0.1
+        for s in ("both, alpha .5", "both, alpha 1", "teacher previous")
+    ),
+    "or less and the others stay at .88 or more": lambda r: all(
         run.undone is not None and run.undone[1] >= 0.88
         for s in ("centre", "rollouts both", "rollouts teacher")
         for run in r.row(s)
@@ -194,10 +211,11 @@ def test_a_claim_of_the_page_is_what_the_runs_say(record: Runs, claim: str) -> N
 
 def test_the_record_is_whole() -> None:
     """Every setting, four preferences or orders, four seeds at least; what its name says of the answers is what ran."""
-    there = {tuple(r[k] for k in ("plan", "setting", "unit", "seed")) for r in read(RESULTS)}
-    wanted = {tuple(run.name.values()) for run in grid()}
+    records = read(RESULTS)
+    there = {tuple(r[k] for k in ("plan", "setting", "unit", "seed")) for r in records}
+    wanted = {tuple(run.name.values()) for run in grid(records=records)}
     assert there == wanted
     for setting in SETTINGS:
         assert len(setting.seeds) >= 4
-        written = next((w for w in ("both", "teacher") if setting.name in (f"rollouts {w}",)), None)
+        written = next((w for w in ("both", "teacher") if setting.name.split(",")[0] == f"rollouts {w}"), None)
         assert setting.method.rollouts == (written or ("both" if setting.name.startswith("both, ") else "own"))

@@ -6,6 +6,7 @@ docs/experiments.md say; the harness is that of the experiments.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from benchmarks.learning.person import DEFAULTS, Learner, Method, load, wordings
-from benchmarks.learning.plans import STUDIED, Demo, in_prompt, order, sequence, single
+from benchmarks.learning.plans import STUDIED, Demo, Record, in_prompt, order, sequence, single
 from benchmarks.learning.scores import Scores, score
 from benchmarks.learning.settings import CENTRE
 from demo import tasks
@@ -31,6 +32,12 @@ Make = Callable[..., Learner]
 @pytest.fixture(scope="module")
 def demo() -> Demo:
     return Demo(*load())
+
+
+@functools.cache
+def untrained(demo: Demo, key: str, told: int) -> Record:
+    """The bare model with so many remarks in its prompt: the same for every test."""
+    return in_prompt(demo, key, 0, told)
 
 
 @pytest.fixture
@@ -61,7 +68,7 @@ def test_teacher_is_qualified(demo: Demo, key: str, told: int) -> None:
 
     Four remarks: a wording that stands and another on the answer must not confuse it.
     """
-    untold, obeying = in_prompt(demo, key, 0, 0), in_prompt(demo, key, 0, told)
+    untold, obeying = untrained(demo, key, 0), untrained(demo, key, told)
     assert untold["complies"][key] <= 0.02
     assert obeying["complies"][key] >= 0.95
     assert obeying["content"] >= 0.95
@@ -70,7 +77,7 @@ def test_teacher_is_qualified(demo: Demo, key: str, told: int) -> None:
 @pytest.mark.parametrize("key", STUDIED)
 def test_a_preference_is_learnt_within_32_remarks(demo: Demo, key: str) -> None:
     """Against the oracle, the same wish in the prompt; and against the rival, all 32 remarks in the prompt."""
-    oracle, memory = in_prompt(demo, key, 0, 1), in_prompt(demo, key, 0, 32)
+    oracle, memory = untrained(demo, key, 1), untrained(demo, key, 32)
     taught = single(demo, CENTRE, key, 0, "true")["curve"][-1]
     assert taught["items"] == 32
     assert taught["complies"][key] >= 0.95 * oracle["complies"][key]
@@ -114,8 +121,8 @@ def test_praise_changes_nothing(learner: Make) -> None:
 def test_three_preferences_in_a_row_then_the_second_withdrawn(demo: Demo, seed: int) -> None:
     """Each seed in another order, so that each preference is taught first once and last once."""
     keys = order(seed)
-    record = sequence(demo, GUIDED, keys, seed)
-    base = in_prompt(demo, keys[0], 0, 0)["content"]
+    record = sequence(demo, GUIDED, keys, seed, traced=False)
+    base = untrained(demo, keys[0], 0)["content"]
     end, withdrawn = record["matrix"][-1], record["withdrawn"]
     assert min(end["complies"].values()) >= 0.9
     assert end["content"] >= 0.85 * base

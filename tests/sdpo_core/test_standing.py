@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
-from sdpo_core import BarePolicy, LoraSpec, Probe, attached, chat_ids, teacher_messages, update_standing
+from sdpo_core import BarePolicy, LoraSpec, Probe, attached, chat_ids, teacher_messages, teacher_prompt, update_standing
 from sdpo_core.hearing import Hearing
 from sdpo_core.samples import token_batch
 from sdpo_core.standing import Standing, merge, select
+from tests.sdpo_core.conftest import TEMPLATE
 
 
 @dataclass
@@ -42,23 +43,6 @@ def test_paraphrases_leave_one_remark() -> None:
     assert select(["end=hope#4"], batch, Obedient()).remarks == ("end=hope#4",)
 
 
-def test_whether_it_is_praise_or_a_repeat_is_asked_only_if_somebody_wants_to_know() -> None:
-    asked: list[tuple[str, ...]] = []
-
-    def counted(told: Sequence[str], instead: Sequence[str]) -> float:
-        asked.append(tuple(instead))
-        return Obedient()(told, instead)
-
-    batch = ["end=hope#1", "end=hope#2", "lovely"]
-    told = select([], batch, counted)
-    questions = len(asked)
-    quiet = select([], batch, counted, tell_why=False)
-    assert quiet.remarks == told.remarks == ("end=hope#1",)
-    assert dict(told.dropped) == {"end=hope#2": "repeated", "lovely": "changes_nothing"}
-    assert dict(quiet.dropped) == {"end=hope#2": "adds_nothing", "lovely": "adds_nothing"}
-    assert len(asked) - questions == questions - 2
-
-
 def test_an_earlier_preference_stands_beside_a_new_one() -> None:
     result = select(["end=hope#1"], ["case=upper#1", "case=upper#2"], Obedient())
     assert result.remarks == ("end=hope#1", "case=upper#1")
@@ -74,6 +58,40 @@ def test_going_back_to_the_default_drops_both() -> None:
     result = select(["end=hope", "case=upper"], ["end=default"], Obedient())
     assert result.remarks == ("case=upper",)
     assert dict(result.dropped) == {"end=hope": "contradicted", "end=default": "changes_nothing"}
+
+
+@dataclass
+class Overwhelmed(Obedient):
+    """Takes no notice of a return to the default while more than one thing else is said."""
+
+    def answer(self, remarks: Sequence[str]) -> dict[str, str]:
+        said = [r for r in remarks if "=" in r]
+        clear = [r for r in said if "default" not in r]
+        return super().answer(said if len(clear) <= 1 else clear)
+
+
+def test_going_back_to_the_default_is_heard_beside_the_older_remark_alone() -> None:
+    """Among all that stands the teacher does not notice it; what it speaks against must not stand on."""
+    teacher = Overwhelmed()
+    assert teacher(["end=hope", "case=upper"], ["end=hope", "case=upper", "end=default"]) == 0.0
+    result = select(["end=hope", "case=upper"], ["end=default", "lovely"], teacher)
+    assert result.remarks == ("case=upper",)
+    assert dict(result.dropped) == {
+        "end=hope": "contradicted", "end=default": "changes_nothing", "lovely": "changes_nothing",
+    }  # fmt: skip
+
+
+def test_a_default_of_another_kind_takes_nothing_back() -> None:
+    """Nor does a teacher that follows a return to the default only here and there."""
+    assert select(["end=hope", "case=upper"], ["start=default"], Overwhelmed()).remarks == ("end=hope", "case=upper")
+
+    def half(told: Sequence[str], instead: Sequence[str]) -> float:
+        """Praise beside a weak wish: some answers change, the wish is still heard in the others."""
+        return {(("weak",), ("weak", "thanks")): 2.0, (("weak", "thanks"), ("thanks",)): 3.0}.get(
+            (tuple(told), tuple(instead)), 0.0
+        )
+
+    assert select(["weak"], ["thanks"], half).remarks == ("weak",)
 
 
 def test_praise_does_not_stand() -> None:
@@ -177,7 +195,9 @@ def test_change_is_the_frozen_teachers_on_answers_of_its_own(
             for _, parameter in policy.trainable():
                 parameter.add_(0.1)
         for budget in (10_000, 1):
-            hearing = Hearing(policy, tokenizer, CHATS, max_new_tokens=6, micro_batch_tokens=budget)
+            hearing = Hearing(
+                policy, tokenizer, [Probe(c, (1,)) for c in CHATS], max_new_tokens=6, micro_batch_tokens=budget
+            )
             for _ in range(2):  # the second time from memory
                 assert hearing.change(["one"], ["two", "one"]) == pytest.approx(want, rel=1e-3)
             assert hearing.change(["one"], ["one"]) == 0.0
@@ -244,7 +264,29 @@ def test_a_conversation_beyond_the_window_is_not_judged_on(
         assert fits[1] < fits[0]
         assert judged(fits[0]) == judged(fits[1]) == ("a",)
         assert judged(fits[1] - 1) == ("a", "b"), "nothing to judge by: the merged list"
-        hearing = Hearing(policy, tokenizer, [p.messages for p in probes], max_new_tokens=2)
-        assert hearing.within(8, ["a", "b"]).chats == []
+        hearing = Hearing(policy, tokenizer, probes, max_new_tokens=2)
+        assert hearing.within(8, ["a", "b"]).probes == []
         chat_base.config.max_position_embeddings = fits[0] - 1
-        assert hearing.within(8, ["a", "b"]).chats == [CHATS[0]]
+        assert hearing.within(8, ["a", "b"]).probes == [probes[1]]
+
+
+def test_a_conversation_with_tools_is_judged_behind_the_prompt_that_training_reads(
+    chat_base: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tools = [{"type": "function", "function": {"name": "look_up", "parameters": {}}}]
+    options = {"chat_template": "{{ tools | tojson }}{{ effort }}" + TEMPLATE, "effort": "low"}
+    want = teacher_prompt(tokenizer, CHATS[0], "b", ["a"], limit=500, tools=tools, template_options=options)
+    bare = teacher_prompt(tokenizer, CHATS[0], "b", ["a"], limit=500)
+    assert want.ids != bare.ids
+    with attached(chat_base, LoraSpec()) as policy:
+        write, read = policy.write, []
+
+        def writing(prompts: list[list[int]], limit: int) -> list[tuple[int, ...]]:
+            read.extend(tuple(p) for p in prompts)
+            return write(prompts, limit)
+
+        monkeypatch.setattr(policy, "write", writing)
+        probe = Probe(CHATS[0], (1, 2), tools, options)
+        update_standing(policy, tokenizer, ["a"], ["b"], [probe], eps=0.0, max_new_tokens=2)
+    assert want.ids in read
+    assert bare.ids not in read

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
-from sdpo_core import LoraSpec, Sample, attached, chat_ids, teacher_prompt, teacher_written
+from sdpo_core import ContextTooLong, LoraSpec, Sample, attached, chat_ids, teacher_prompt, teacher_written
 
 
 def test_greedy_writing_is_the_bare_models_argmax(chat_base: Qwen3ForCausalLM) -> None:
@@ -32,11 +33,24 @@ def test_greedy_writing_is_the_bare_models_argmax(chat_base: Qwen3ForCausalLM) -
 
 
 def test_nothing_is_written_beyond_the_window(chat_base: Qwen3ForCausalLM) -> None:
+    """A long prompt's answer ends with its room, and cuts no other answer short; without room it is refused by name."""
     chat_base.generation_config.eos_token_id = None
     window = chat_base.config.max_position_embeddings
+    long, full = [5] * (window - 3), [5] * window
     with attached(chat_base, LoraSpec()) as policy:
-        assert len(policy.write([[5] * (window - 3)], 8)[0]) == 3
-        assert len(policy.write([[5] * window], 8)[0]) == 1
+        assert len(policy.write([long], 8)[0]) == 3
+        together = policy.write([[7, 9], long, [11]], 8)
+        assert [len(answer) for answer in together] == [8, 3, 8]
+        assert together == [policy.write([prompt], 8)[0] for prompt in ([7, 9], long, [11])]
+        for write in (
+            lambda: policy.write([[7, 9], full], 8),
+            lambda: teacher_written(policy, [Sample((1,), (2,), (7, 9)), Sample((1,), (2,), full)], 8),
+        ):
+            with pytest.raises(ContextTooLong) as caught:
+                write()
+            assert (caught.value.code, caught.value.length, caught.value.limit) == (
+                "context_too_long", window + 1, window,
+            )  # fmt: skip
 
 
 def test_teacher_written_samples_hold_the_told_models_answer(

@@ -19,11 +19,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from api_schemas.training import TrainingSettings, resolve
+from sdpo_core.hearing import Probe
 from sdpo_core.lora import LoraSpec, attached
-from sdpo_core.standing import Probe, update_standing
+from sdpo_core.standing import update_standing
 from worker.base_model import BaseModel, load_base
 from worker.errors import StoppedError, TrainingFailedError
-from worker.items import samples_of
+from worker.items import probes_of, samples_of
 from worker.job import is_disk_full, run_job
 from worker.messages import Done, Progress, Step
 from worker.versions import discard, scan, version_digest
@@ -237,8 +238,12 @@ def test_the_teacher_reads_tools_and_calls_as_the_engine_did(make_lease: Any, ma
             seen.append({"messages": conversation} | kwargs)
             return base.tokenizer.apply_chat_template(conversation, **kwargs)
 
-    samples_of(make_lease().model_copy(update={"items": [item]}), replace(base, tokenizer=Recorder()))
+    lease = make_lease().model_copy(update={"items": [item]})
+    samples = samples_of(lease, replace(base, tokenizer=Recorder()))
     told = seen[-1]
+    [probe] = probes_of(lease, samples)
+    assert probe.tools == tools
+    assert probe.template_options == {k: told[k] for k in ("reasoning_effort", "enable_thinking")}
     assert told["tools"] == tools
     assert (told["reasoning_effort"], told["enable_thinking"]) == ("none", False)
     assert told["messages"][0]["content"].startswith("one and two?\n\nFeedback")
