@@ -189,7 +189,7 @@ def _plain_config(config: Any, base_name: str) -> dict[str, Any]:
     return {key: sorted(v) if isinstance(v, set) else v for key, v in values.items()}
 
 
-def _refuse_unfit(base: nn.Module) -> None:
+def _refuse_unfit(base: Any) -> None:
     """Raises AdapterError for what no adapter can be put on, before anything is touched."""
     given: Any = base
     if not isinstance(given, nn.Module):
