@@ -133,6 +133,11 @@ MUTANTS = (
            "            module._modules.update(before)\n", "", "test_attach.py"),
     Mutant("logits counted from the front", "lora_policy.py", "return logits[:, -keep:]", "return logits",
            "test_attach.py"),
+    Mutant("default lost among others", "standing.py", "lost = judge.taken_back(remark, stand)", "lost = []",
+           "test_standing.py"),
+    Mutant("praise takes back", "standing.py",
+           "if self.differs([older], [older, newest]) and self.contradicted(newest, [older])",
+           "if self.differs([older], [older, newest])", "test_standing.py"),
     # Of the fast path. Its tests compare it with the plain one, so each of these must make them differ.
     Mutant("fast: dropped ratio", "fast/head.py", "is_clip=spec.is_clip, behaviour_BT=inputs.behaviour_N,",
            "is_clip=None, behaviour_BT=inputs.behaviour_N,", "test_head.py test_path.py"),
