@@ -38,6 +38,12 @@ def a_policy(value: Any) -> None:
         raise OptionError("policy", f"must be a Policy such as attach_lora makes, not {type(value).__name__}")
 
 
+def a_writer(value: Any) -> None:
+    """What writes as a `Writer` does. Raises OptionError."""
+    if not callable(getattr(value, "write", None)):
+        raise OptionError("policy", f"must be a Writer such as attach_lora makes, not {type(value).__name__}")
+
+
 def listed(name: str, values: Iterable[R], kind: type[R]) -> list[R]:
     """A list of `kind`, out of anything that can be read once: they are read more than once. Raises SampleError."""
     one = isinstance(values, kind | str)

@@ -205,7 +205,8 @@ def test_change_is_the_frozen_teachers_on_answers_of_its_own(
         assert not torch.equal(policy.logits(batch, adapter=True), policy.logits(batch, adapter=False))
     further = expected_change(chat_base, tokenizer, ["one"], ["one", "two"], 6)
     for budget in (10_000, 1):  # with what was read before in front, and without
-        hearing = Hearing(BarePolicy(chat_base), tokenizer, CHATS, max_new_tokens=6, micro_batch_tokens=budget)
+        probes = [Probe(c, (1,)) for c in CHATS]
+        hearing = Hearing(BarePolicy(chat_base), tokenizer, probes, max_new_tokens=6, micro_batch_tokens=budget)
         assert hearing.change(["one"], ["two", "one"]) == pytest.approx(want, rel=1e-3)
         assert hearing.change(["one"], ["one", "two"]) == pytest.approx(further, rel=1e-3)
         assert hearing.change(["one"], ["one"]) == 0.0
