@@ -31,8 +31,7 @@ def create_app(context: Context) -> FastAPI:
                 task.cancel()
                 with suppress(asyncio.CancelledError):
                     await task
-            await context.answers.close()  # what was taken is on disk before we go
-            await context.ingest.close()
+            await context.ingest.close()  # what was taken is on disk before we go
             await context.callers.close()
             await context.publisher.office.resign()
             await context.serving.close()

@@ -22,9 +22,7 @@ from service.serving.replica import Replica
 from service.settings import Settings
 from service.storage.base import Storage
 from service.storage.choice import open_storage
-from service.store import rollouts
 from service.store.keys import KeyRing, Principal, server_secret
-from service.store.rollouts import Answer
 from service.webhooks.sender import Sender
 
 
@@ -46,8 +44,6 @@ class Context:
     """Rung when a job is queued: workers that wait for one look again."""
     callers: Gathered[str, Principal | None]
     """Whose is this key?"""
-    answers: Gathered[Sequence[Answer], None]
-    """Finished answers on their way to the disk."""
     ingest: Ingest
     sender: Sender
     stopping: threading.Event
@@ -97,7 +93,6 @@ def build(settings: Settings, *, transport: httpx2.AsyncBaseTransport | None = N
         sampling_defaults=sampling_defaults(settings.model_dir),
         work=Bell(),
         callers=_callers(database, ring),
-        answers=_answers(database, settings),
         ingest=ingest.gatherer(database, settings),
         sender=Sender(database, ring, settings.webhook_policy, backoff=settings.webhook_backoff_seconds),
         stopping=threading.Event(),
@@ -110,13 +105,3 @@ def _callers(database: Database, ring: KeyRing) -> Gathered[str, Principal | Non
             return ring.check_all(s, keys)
 
     return Gathered("keys", look, most=256, room=10_000)
-
-
-def _answers(database: Database, settings: Settings) -> Gathered[Sequence[Answer], None]:
-    def store(group: Sequence[Sequence[Answer]]) -> list[None]:
-        with database.write() as s:
-            rollouts.add_all(s, [answer for answers in group for answer in answers])
-        return [None] * len(group)
-
-    # Room for every request that may run: nobody who has an answer is refused here.
-    return Gathered("answers", store, most=256, room=settings.max_requests)

@@ -13,6 +13,8 @@ from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextman
 from dataclasses import dataclass, field
 from typing import Any
 
+import anyio
+
 from service.asks import Ask
 from service.capture import Capture, Choice, head
 from service.context import Context
@@ -169,7 +171,11 @@ class Gateway:
             _rollout(rollouts.id_of(completion_id, i), call, choice, mode, person)
             for i, choice in enumerate(capture.choices)
         ]
-        await self._context.answers.submit(answers)
+        await anyio.to_thread.run_sync(self._store, answers)
+
+    def _store(self, answers: list[rollouts.Answer]) -> None:
+        with self._context.database.write() as s:
+            rollouts.add_all(s, answers)
 
 
 def _rollout(rollout_id: str, call: _Call, choice: Choice, mode: Mode, person: str | None) -> rollouts.Answer:
