@@ -93,6 +93,5 @@ SETTINGS: tuple[Setting, ...] = (
     _both("alpha", "alpha .5", alpha=0.5),
     _both("alpha", "alpha 1", alpha=1.0),
     _both("K", "K 20", top_k=20),
-    _both("rank", "rank 32", rank=32),
     _both("steps", "steps 4", steps=4),
 )
