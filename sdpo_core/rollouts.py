@@ -41,7 +41,7 @@ def learnt_from(
     more is written. Raises OptionError for another name and numbers below 1, ContextTooLong and SampleError for
     samples that the model cannot read.
     """
-    a_policy(policy)
+    a_policy(policy, "write")
     whole("batch_tokens", batch_tokens)
     if max_new_tokens is not None:
         whole("max_new_tokens", max_new_tokens)
