@@ -13,7 +13,7 @@ from benchmarks.learning.report import TEXT
 from benchmarks.learning.run import grid, read
 from benchmarks.learning.settings import SETTINGS
 from benchmarks.learning.stats import estimate, paired
-from benchmarks.learning.tables import Sequenced, Single, sequences, singles
+from benchmarks.learning.tables import Sequenced, Single, flips, sequences, singles
 
 RESULTS = Path(__file__).parents[2] / "docs" / "experiments" / "results.jsonl"
 TIE = "no difference seen"
@@ -110,6 +110,10 @@ CLAIMS: dict[str, Claim] = {
         < r.mean("centre", m)
         for m in ("end", "content")
     ),
+    "in every run the first preference is gone at the end, and no remark for it stands": lambda r: all(
+        run.old <= 0.1 and run.old_stands == 0 for run in flips(r.records).values()
+    ),
+    "the second is learnt after the first as well": lambda r: all(run.end >= 0.9 for run in flips(r.records).values()),
     "With 4 steps, refresh and the ratio make no difference": lambda r: all(
         r.verdict(f"steps 4, {off}", m, "steps 4") == TIE
         for off in ("refresh off", "no ratio")
