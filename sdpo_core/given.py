@@ -32,16 +32,10 @@ def a_record(name: str, value: Any, kind: type) -> None:
         raise OptionError(name, f"must be of type {kind.__name__}, not {type(value).__name__}")
 
 
-def a_policy(value: Any) -> None:
-    """What has the parts of a `Policy`. Raises OptionError."""
-    if not callable(getattr(value, "logits", None)) or not callable(getattr(value, "trainable", None)):
+def a_policy(value: Any, *parts: str) -> None:
+    """What has these methods; none named: those of `Policy`. Raises OptionError."""
+    if not all(callable(getattr(value, part, None)) for part in parts or ("logits", "trainable")):
         raise OptionError("policy", f"must be a Policy such as attach_lora makes, not {type(value).__name__}")
-
-
-def a_writer(value: Any) -> None:
-    """What writes as a `Writer` does. Raises OptionError."""
-    if not callable(getattr(value, "write", None)):
-        raise OptionError("policy", f"must be a Writer such as attach_lora makes, not {type(value).__name__}")
 
 
 def listed(name: str, values: Iterable[R], kind: type[R]) -> list[R]:

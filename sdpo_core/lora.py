@@ -210,9 +210,8 @@ def _plain_config(config: Any, base_name: str) -> dict[str, Any]:
 
 def _refuse_unfit(base: Any) -> None:
     """Raises AdapterError for what no adapter can be put on, before anything is touched."""
-    given: Any = base
-    if not isinstance(given, nn.Module):
-        message = f"the base is a {type(given).__name__}, no model: load it with AutoModelForCausalLM"
+    if not isinstance(base, nn.Module):
+        message = f"the base is a {type(base).__name__}, no model: load it with AutoModelForCausalLM"
         raise AdapterError(message, code="unsupported_base")
     if isinstance(base, PeftModel) or any(".lora_A" in name or ".lora_B" in name for name, _ in base.named_modules()):
         raise AdapterError("the base model still carries an adapter: detach it first", code="second_adapter")

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 from sdpo_core.batch_checks import check_readable, listed_samples
 from sdpo_core.errors import OptionError
-from sdpo_core.given import a_writer, whole
+from sdpo_core.given import a_policy, whole
 from sdpo_core.path_choice import out_of_memory, release_memory
 from sdpo_core.ranks import LONE, Ranks
 from sdpo_core.samples import Sample, micro_batches
@@ -47,7 +47,7 @@ def learnt_from(
     Raises OptionError for another name and numbers below 1, ContextTooLong and SampleError for samples that the model
     cannot read.
     """
-    a_writer(policy)
+    a_policy(policy, "write")
     whole("batch_tokens", batch_tokens)
     if max_new_tokens is not None:
         whole("max_new_tokens", max_new_tokens)

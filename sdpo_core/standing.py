@@ -162,7 +162,7 @@ def update_standing(
     Raises SampleError for remarks and conversations that are no text, OptionError for bounds below 1 and an `eps`
     that is no number.
     """
-    a_policy(policy)
+    a_policy(policy, "write")
     number("eps", eps)
     for name, value in (
         ("max_items", max_items), ("max_tokens", max_tokens), ("max_probes", max_probes),

@@ -10,7 +10,7 @@ from transformers import GenerationConfig, StoppingCriteriaList
 
 from sdpo_core.batch_checks import listed_samples
 from sdpo_core.errors import ContextTooLong
-from sdpo_core.given import whole
+from sdpo_core.given import a_policy, whole
 from sdpo_core.policy import Policy
 from sdpo_core.samples import Sample
 
@@ -43,6 +43,7 @@ def teacher_written(
     model's window; SampleError for what is no list of samples, OptionError for less than one token.
     """
     samples = listed_samples(samples)
+    a_policy(policy, "write")
     whole("max_new_tokens", max_new_tokens)
     if not samples:
         return []

@@ -22,6 +22,8 @@ CURVE = (1, 1, 2, 4, 8, 16)
 """Batches of a single lesson: 1, 2, 4, 8, 16, 32 remarks in all."""
 LESSON, UNLEARNING = 10, 4
 """Batches of 8 per preference of a sequence, and after the withdrawal."""
+RIVALS = {"hope": "sparkle", "upper": "lower", "bullets": "quotes", "vera": "sure"}
+"""What a person changes his mind to: another wish of the same kind; "lower" is what the model does untold."""
 CURVE_PROMPTS, END_PROMPTS = 48, 96
 Record = dict[str, Any]
 
@@ -57,16 +59,35 @@ def single(demo: Demo, method: Method, key: str, seed: int, feedback: str) -> Re
     """
     learner = demo.learner(method, seed)
     try:
-        curve, items = [], 0
-        draw = says(learner, key, feedback)
-        for n, size in enumerate([*CURVE, *[1] * method.late]):
-            learner.hear(draw, [size])
-            if n < method.late:
-                continue  # answers that wait for their feedback
-            items += CURVE[n - method.late]
-            last = items == sum(CURVE)
-            curve.append({"items": items} | scored(learner, [key], END_PROMPTS if last else CURVE_PROMPTS))
-        return {"curve": curve} | summary(learner)
+        return {"curve": _lesson(learner, key, [key], feedback)} | summary(learner)
+    finally:
+        learner.close()
+
+
+def _lesson(learner: Learner, key: str, scored_keys: Sequence[str], feedback: str = "true") -> list[Record]:
+    """32 remarks on one preference, scored after each batch."""
+    curve, items, late = [], 0, learner.method.late
+    draw = says(learner, key, feedback)
+    for n, size in enumerate([*CURVE, *[1] * late]):
+        learner.hear(draw, [size])
+        if n < late:
+            continue  # answers that wait for their feedback
+        items += CURVE[n - late]
+        last = items == sum(CURVE)
+        curve.append({"items": items} | scored(learner, scored_keys, END_PROMPTS if last else CURVE_PROMPTS))
+    return curve
+
+
+def flip(demo: Demo, method: Method, key: str, seed: int) -> Record:
+    """A preference for 32 remarks, then its rival for 32; and the rival from a fresh adapter, to compare with."""
+    rival = RIVALS[key]
+    alone = single(demo, method, rival, seed, "true")["curve"]
+    learner = demo.learner(method, seed)
+    try:
+        before = _lesson(learner, key, [key])
+        after = _lesson(learner, rival, [rival, key])
+        stood = [sum(r in wordings(k) for r in learner.standing) for k in (key, rival)]
+        return {"rival": rival, "alone": alone, "before": before, "after": after, "stood": stood} | summary(learner)
     finally:
         learner.close()
 

@@ -36,6 +36,7 @@ def write(records: Sequence[Record], page: Path) -> None:
         "SEQUENCE": tables.markdown(tables.sequence_summary(records, names("sequence"))),
         "ORACLE": tables.markdown(tables.oracle_table(records)),
         "SEQUENCE_RUNS": tables.markdown(tables.sequence_table(records, names("sequence"))),
+        "FLIPS": tables.markdown(tables.flip_table(records)),
         "COUNTS": counts(records),
     }
     text = TEXT.read_text()
@@ -51,7 +52,7 @@ def counts(records: Sequence[Record]) -> str:
         f"{s.name} ({plan})"
         for s in SETTINGS
         for plan in s.plans
-        if not (tables.singles if plan == "single" else tables.sequences)(records, s.name)
+        if not any(r["plan"] == plan and r["setting"] == s.name for r in records)
     ]
     text = f"{len(records)} runs, {hours:.1f} hours of one core."
     return f"{text} Not run yet: {', '.join(missing)}." if missing else f"{text} Every setting was run."

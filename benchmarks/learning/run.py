@@ -15,9 +15,11 @@ from typing import Any
 
 from benchmarks.learning.person import load
 from benchmarks.learning.plans import (
+    RIVALS,
     STUDIED,
     Demo,
     Record,
+    flip,
     in_prompt,
     oracle,
     order,
@@ -57,6 +59,8 @@ def grid(only: Sequence[str] = (), records: Iterable[Record] = ()) -> Iterator[R
             yield from _singles(setting)
         if "sequence" in setting.plans:
             yield from _sequences(setting, (0,))
+        if "flip" in setting.plans:
+            yield from _flips(setting)
     for setting in chosen:
         if setting.every_order:
             yield from _sequences(setting, (1, 2, 3))
@@ -75,6 +79,13 @@ def _singles(setting: Setting) -> Iterator[Run]:
         for key in STUDIED:
             work = functools.partial(single, method=setting.method, key=key, seed=seed, feedback=setting.feedback)
             yield Run("single", setting.name, key, seed, work)
+
+
+def _flips(setting: Setting) -> Iterator[Run]:
+    for seed in setting.seeds:
+        for key, rival in RIVALS.items():
+            work = functools.partial(flip, method=setting.method, key=key, seed=seed)
+            yield Run("flip", setting.name, f"{key}>{rival}", seed, work)
 
 
 def _oracles(records: Iterable[Record], settings: Sequence[str]) -> Iterator[Run]:

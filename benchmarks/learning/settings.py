@@ -45,6 +45,7 @@ _SAMPLED: dict[str, Any] = {"alpha": 1.0, "support": "sampled", "top_k": None}
 SETTINGS: tuple[Setting, ...] = (
     Setting("centre", "centre", ("single", "sequence")),
     Setting("rollouts both", "rollouts", ("single", "sequence"), {"rollouts": "both"}, every_order=True),
+    Setting("change of mind", "flip", ("flip",), {"rollouts": "both"}),
     Setting("rollouts both, new seeds", "new seeds", ("sequence",), {"rollouts": "both"}, seeds=(4, 5, 6, 7)),
     Setting("contentless", "control", ("single",), feedback="contentless"),
     Setting("shuffled", "control", ("single",), feedback="shuffled"),
@@ -93,6 +94,5 @@ SETTINGS: tuple[Setting, ...] = (
     _both("alpha", "alpha .5", alpha=0.5),
     _both("alpha", "alpha 1", alpha=1.0),
     _both("K", "K 20", top_k=20),
-    _both("rank", "rank 32", rank=32),
     _both("steps", "steps 4", steps=4),
 )

@@ -189,6 +189,62 @@ def sequence_summary(records: Sequence[Record], settings: Sequence[str]) -> Rows
     return rows
 
 
+@dataclass(frozen=True)
+class Flipped:
+    """One change of mind. `alone` and `after`: remarks to 90 % compliance with the rival, for good; inf: never."""
+
+    alone: float
+    after: float
+    end: float
+    """Compliance with the rival at the end."""
+    old: float
+    """With the preference before it."""
+    content: float
+    old_stands: int
+    """Remarks for the preference before it that still stand."""
+
+
+def flips(records: Iterable[Record]) -> dict[Unit, Flipped]:
+    found = {}
+    for r in records:
+        if r["plan"] == "flip":
+            key, rival = r["unit"].split(">")
+            alone, after = (
+                items_to(0.9, [(p["items"], p["complies"][rival]) for p in r[part]]) for part in ("alone", "after")
+            )
+            last = r["after"][-1]
+            found[r["unit"], r["seed"]] = Flipped(
+                alone, after, last["complies"][rival], last["complies"][key], last["content"], r["stood"][0]
+            )
+    return found
+
+
+def flip_table(records: Iterable[Record]) -> Rows:
+    """A row per change of mind: remarks to 90 % alone and after the other, run by run, and the ends."""
+    runs = flips(records)
+    rows = [["first, then", "runs", "to 90 % alone", "to 90 % after", "end, lowest", "first at the end, highest",
+             "mean content", "lowest content", "first still stands"]]  # fmt: skip
+    for unit in sorted({unit for unit, _ in runs}):
+        mine = [run for (of, _), run in sorted(runs.items()) if of == unit]
+        rows.append(
+            [
+                unit.replace(">", ", "),
+                f"{len(mine)}",
+                *(", ".join(_items(getattr(r, what)) for r in mine) for what in ("alone", "after")),
+                share(min(r.end for r in mine)),
+                share(max(r.old for r in mine)),
+                share(statistics.fmean(r.content for r in mine)),
+                share(min(r.content for r in mine)),
+                f"{sum(r.old_stands > 0 for r in mine)} of {len(mine)}",
+            ]
+        )
+    return rows
+
+
+def _items(n: float) -> str:
+    return "never" if math.isinf(n) else f"{n:.0f}"
+
+
 def oracle_table(records: Iterable[Record]) -> Rows:
     """The untrained model told what stood at the end of each sequence of a setting: the lowest of any run."""
     found: dict[str, list[Record]] = {}

@@ -13,7 +13,7 @@ from benchmarks.learning.report import TEXT
 from benchmarks.learning.run import grid, read
 from benchmarks.learning.settings import SETTINGS
 from benchmarks.learning.stats import estimate, paired
-from benchmarks.learning.tables import Sequenced, Single, sequences, singles
+from benchmarks.learning.tables import Sequenced, Single, flips, sequences, singles
 
 RESULTS = Path(__file__).parents[2] / "docs" / "experiments" / "results.jsonl"
 TIE = "no difference seen"
@@ -99,6 +99,21 @@ CLAIMS: dict[str, Claim] = {
     "One step per batch learns nothing within 32 remarks, 4 are much slower than 8": lambda r: (
         r.mean("steps 1", "end") == 0.0 and r.verdict("steps 4") == "less"
     ),
+    "every preference is learnt and kept, and words are lost": lambda r: (
+        all(min(run.ends) >= 0.9 for run in r.row("both, steps 4"))
+        and sum(r.holds("both, steps 4")) < sum(same_units(r, "both, steps 4"))
+    ),
+    "as many as K 100 on the same units": lambda r: sum(r.holds("both, K 20")) == sum(same_units(r, "both, K 20")),
+    "and not as far as the centre": lambda r: all(
+        max(r.mean(s, m) for s in ("3 late, sampled", "3 late, sampled, no ratio"))
+        < r.mean("sampled", m)
+        < r.mean("centre", m)
+        for m in ("end", "content")
+    ),
+    "in every run the first preference is gone at the end, and no remark for it stands": lambda r: all(
+        run.old <= 0.1 and run.old_stands == 0 for run in flips(r.records).values()
+    ),
+    "the second is learnt after the first as well": lambda r: all(run.end >= 0.9 for run in flips(r.records).values()),
     "With 4 steps, refresh and the ratio make no difference": lambda r: all(
         r.verdict(f"steps 4, {off}", m, "steps 4") == TIE
         for off in ("refresh off", "no ratio")

@@ -95,6 +95,7 @@ NONE: dict[str, Wrong] = {
     "learnt_from samples": lambda p, t, none: learnt_from(p, none, "own"),
     "learnt_from rollouts": lambda p, t, none: learnt_from(p, SAMPLES, none),
     "learnt_from batch_tokens": lambda p, t, none: learnt_from(p, SAMPLES, "own", batch_tokens=none),
+    "teacher_written policy": lambda p, t, none: teacher_written(none, SAMPLES, 3),
     "teacher_written samples": lambda p, t, none: teacher_written(p, none, 3),
     "teacher_written max_new_tokens": lambda p, t, none: teacher_written(p, SAMPLES, none),
     "sample": lambda p, t, none: Sample(none, (1,), (2,)),
