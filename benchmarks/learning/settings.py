@@ -45,7 +45,7 @@ _SAMPLED: dict[str, Any] = {"alpha": 1.0, "support": "sampled", "top_k": None}
 SETTINGS: tuple[Setting, ...] = (
     Setting("centre", "centre", ("single", "sequence")),
     Setting("rollouts both", "rollouts", ("single", "sequence"), {"rollouts": "both"}, every_order=True),
-    Setting("change of mind", "flip", ("flip",), {"rollouts": "both"}),
+    Setting("both, change of mind", "flip", ("flip",), {"rollouts": "both"}),
     Setting("rollouts both, new seeds", "new seeds", ("sequence",), {"rollouts": "both"}, seeds=(4, 5, 6, 7)),
     Setting("contentless", "control", ("single",), feedback="contentless"),
     Setting("shuffled", "control", ("single",), feedback="shuffled"),
