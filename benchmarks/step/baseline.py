@@ -73,7 +73,8 @@ def checkpointed(model: PeftModel) -> Iterator[None]:
 def log_probs(model: PeftModel, prompt: Sequence[int], response: Sequence[int]) -> Tensor:
     """(N, V): log_softmax over the vocabulary at every position."""
     ids_1N = torch.tensor([[*prompt, *response]], device=model.device)
-    return torch.log_softmax(model(input_ids=ids_1N, use_cache=False).logits[0].float(), dim=-1)
+    logits_NV = model(input_ids=ids_1N, use_cache=False).logits[0]
+    return torch.log_softmax(logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32)), dim=-1)
 
 
 def of_response(logp_NV: Tensor, sample: Sample, prompt: Sequence[int]) -> Tensor:

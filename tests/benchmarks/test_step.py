@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.step import audit, gpu, parts, report
+from benchmarks.step import audit, exact, gpu, parts, report
 from benchmarks.step.measure import compare, peak_above
 from benchmarks.step.shapes import OPTIONS, QWEN3_8B, TINY, P, build
 from sdpo_core.scoring import Scorer
@@ -32,6 +32,11 @@ def test_one_gradient_and_less_time(steps: int) -> None:
     for name in ("plain", "fast", "teacher ahead"):
         assert float(str(found[name]["gradient_difference"])) < 1e-5, name
         assert float(str(found[name]["ratio"])) > 1.2, name
+
+
+def test_the_fast_gradient_is_as_near_to_float64_as_the_baselines() -> None:
+    found = exact.errors(build(SMALL))
+    assert 0.0 < found["fast to float64"] < min(1e-5, 3 * found["baseline to float64"])
 
 
 def test_some_ratios_are_clipped() -> None:
