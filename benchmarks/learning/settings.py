@@ -95,4 +95,6 @@ SETTINGS: tuple[Setting, ...] = (
     _both("alpha", "alpha 1", alpha=1.0),
     _both("K", "K 20", top_k=20),
     _both("steps", "steps 4", steps=4),
+    _both("rank", "rank 2", rank=2),
+    _both("rank", "rank 32", rank=32),
 )
