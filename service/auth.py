@@ -35,13 +35,17 @@ class KeyFirst(APIRoute):
     """Checks the key before the body is read: who has none makes us parse nothing."""
 
     def get_route_handler(self) -> Handler:
-        handler = super().get_route_handler()
+        handler = self.after_key()
 
         async def checked(request: Request) -> Response:
             request.state.principal = await principal(request)
             return await handler(request)
 
         return checked
+
+    def after_key(self) -> Handler:
+        """What answers once the key's owner is in `request.state.principal`."""
+        return super().get_route_handler()
 
 
 def guarded(*, route_class: type[KeyFirst] = KeyFirst, **options: Any) -> APIRouter:

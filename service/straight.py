@@ -12,22 +12,21 @@ from typing import get_type_hints
 from fastapi import Request, Response
 from pydantic import BaseModel
 
-from service.auth import Handler, KeyFirst, chat_tenant, principal
+from service.auth import Handler, KeyFirst, chat_tenant
 
 
 class Straight(KeyFirst):
     """For endpoints that take `request` (the body), `http`, `context` and the `tenant` of a key that may chat."""
 
-    def get_route_handler(self) -> Handler:
-        ordinary, endpoint = super().get_route_handler(), self.endpoint
+    def after_key(self) -> Handler:
+        ordinary, endpoint = super().after_key(), self.endpoint
         model: type[BaseModel] = get_type_hints(endpoint)["request"]
 
         async def straight(request: Request) -> Response:
-            caller = await principal(request)
             body = await _body(request, model)
             if body is None:
                 return await ordinary(request)
-            tenant, context = await chat_tenant(caller), request.app.state.context
+            tenant, context = await chat_tenant(request.state.principal), request.app.state.context
             response: Response = await endpoint(request=body, http=request, context=context, tenant=tenant)
             return response
 

@@ -22,6 +22,8 @@ from sdpo_core.rollouts import learnt_from, learnt_together
 from sdpo_core.samples import Sample
 from worker.base_model import BaseModel
 from worker.errors import StoppedError
+from worker.items import samples_of
+from worker.mapping import options_of
 from worker.messages import Progress
 from worker.ranks import common_plan
 
@@ -37,6 +39,12 @@ class Draft:
     samples: list[Sample]
     """One per item."""
     options: Options
+
+
+def draft_of(lease: Lease, base: BaseModel) -> Draft:
+    """Raises as `samples_of` and `options_of` do."""
+    samples = samples_of(lease, base)
+    return Draft(lease, samples, common_plan(options_of(lease.training), base, samples, lease))
 
 
 @dataclass(frozen=True)

@@ -28,23 +28,21 @@ from sdpo_core.explain import explain
 from sdpo_core.loop import train_batch
 from sdpo_core.lora import LoraPolicy, LoraSpec, attached, save_lora
 from sdpo_core.optimizer import load_optimizer, make_optimizer, save_optimizer
-from sdpo_core.options import Options
 from sdpo_core.report import BatchResult, StepMetrics
-from sdpo_core.samples import Sample
 from sdpo_core.saved import SavedLora
 from sdpo_core.standing import update_standing
-from worker.ahead import Ahead, Draft, ahead_of
+from worker.ahead import Ahead, Draft, ahead_of, draft_of
 from worker.base_model import BaseModel
 from worker.behaviour import behaviour_of
 from worker.canary import canary_ids, record, score
 from worker.card import write_card, write_provenance
 from worker.errors import StoppedError, TrainingFailedError
-from worker.items import probes_of, samples_of, untold_prompts
-from worker.mapping import lora_of, options_of, wire_metrics
+from worker.items import probes_of, untold_prompts
+from worker.mapping import lora_of, wire_metrics
 from worker.messages import Done, Followed, Previewed, Progress, Step
 from worker.parent import base_mismatch, verified_parent
 from worker.preview import preview_of
-from worker.ranks import check_alike, common_plan, follows
+from worker.ranks import check_alike, follows
 from worker.versions import clear_leftovers, create_staging, directory_of, publish, staging_of, version_digest
 from worker.warm import WarmVersion, warm_version
 
@@ -55,14 +53,10 @@ PREVIEW_BATCH_TOKENS = 1024
 
 
 @dataclass(frozen=True)
-class _Prepared:
+class _Prepared(Draft):
     """What is known before the model is touched."""
 
-    lease: Lease
-    options: Options
     parent: Path | WarmVersion | None
-    samples: list[Sample]
-    """One per item."""
 
     @property
     def trainer_state(self) -> Path | None:
@@ -88,7 +82,7 @@ def run_job(
         source = _source(job, base)
         canary = canary_ids(base, lease.canary_prompt)
         torch.manual_seed(lease.seed)
-        known = ahead or ahead_of([Draft(lease, job.samples, job.options)], base, report, should_stop)[0]
+        known = ahead or ahead_of([job], base, report, should_stop)[0]
         standing = [] if follows(base.ranks) else _standing(job, base)
         with attached(base.module, source, base.fast_obstacle) as policy:
             before = score(policy, canary)
@@ -130,7 +124,7 @@ def run_preview(lease: Lease, base: BaseModel, root: Path, *, report: Report) ->
         source = _source(job, base)
         untold = untold_prompts(lease, base, job.samples)
         options = job.options.replace(micro_batch_tokens=min(job.options.micro_batch_tokens, PREVIEW_BATCH_TOKENS))
-        with attached(base.module, source) as policy:
+        with attached(base.module, source, base.fast_obstacle) as policy:
             ema = _moving_average(policy, job)
             shown = explain(policy, base.tokenizer, job.samples, options, ema=ema, untold_prompts=untold)
     if base.ranks.rank > 0:
@@ -147,13 +141,9 @@ def _prepare(lease: Lease, base: BaseModel, root: Path) -> _Prepared:
         raise TrainingFailedError("bad_lease", str(error), retryable=False) from error
     if base.ranks.rank == 0:  # who writes clears up
         clear_leftovers(root, lease.adapter_id, lease.token)
-    samples = samples_of(lease, base)
-    return _Prepared(
-        lease=lease,
-        options=common_plan(options_of(lease.training), base, samples, lease),
-        parent=base.warm.find(root, lease.parent) or verified_parent(root, lease),
-        samples=samples,
-    )
+    draft = draft_of(lease, base)
+    parent = base.warm.find(root, lease.parent) or verified_parent(root, lease)
+    return _Prepared(lease, draft.samples, draft.options, parent)
 
 
 def _source(job: _Prepared, base: BaseModel) -> LoraSpec | Path | SavedLora:

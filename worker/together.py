@@ -8,15 +8,11 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
-from api_schemas.worker import Lease
 from sdpo_core.path_choice import release_memory
-from worker.ahead import Ahead, Draft, ahead_of
+from worker.ahead import Ahead, ahead_of, draft_of
 from worker.base_model import BaseModel
 from worker.errors import StoppedError
-from worker.items import samples_of
-from worker.mapping import options_of
 from worker.messages import Progress, Train
-from worker.plan import planned
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -52,7 +48,7 @@ def shared_ahead(tasks: Sequence[Task], base: BaseModel, tell: Callable[[Progres
     if len(able) < 2:
         return {}
     try:
-        drafts = [_draft(t.train.lease, base) for t in able]
+        drafts = [draft_of(t.train.lease, base) for t in able]
         found = ahead_of(drafts, base, tell, lambda: all(t.stop.is_set() for t in able))
     except StoppedError:
         return {}
@@ -62,8 +58,3 @@ def shared_ahead(tasks: Sequence[Task], base: BaseModel, tell: Callable[[Progres
     if not found:
         release_memory()
     return {t.train.lease.run_id: ahead for t, ahead in zip(able, found, strict=False)}
-
-
-def _draft(lease: Lease, base: BaseModel) -> Draft:
-    samples = samples_of(lease, base)
-    return Draft(lease, samples, planned(options_of(lease.training), base, samples, lease.lora.rank))

@@ -42,12 +42,10 @@ class Prepared:
         self._build = build
         self._compiled: dict[str, tuple[str, Sequence[str] | None, Mapping[str, Any]]] = {}
 
-    def run(
-        self, connection: Connection, rows: Sequence[Mapping[str, Any]] = (), **values: Any
-    ) -> Sequence[tuple[Any, ...]]:
+    def run(self, connection: Connection, rows: Sequence[Mapping[str, Any]] = ()) -> Sequence[tuple[Any, ...]]:
         """Every row of the result. `rows` is what the statement is `given`."""
         sql, order, fixed = self._words(connection.dialect)
-        sent = {**fixed, **values, "rows": orjson.dumps(rows).decode()}
+        sent = {**fixed, "rows": orjson.dumps(rows).decode()}
         driver = connection.dialect.loaded_dbapi
         cursor = connection.connection.cursor()
         try:

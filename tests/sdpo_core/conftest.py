@@ -7,7 +7,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from sdpo_core import LoraPolicy, LoraSpec, attach_lora
 
 TEMPLATE = (
     "{%- for m in messages %}{{- '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{%- endfor %}"
@@ -56,6 +59,16 @@ def tiny_model(vocab: int = 64, seed: int = 0) -> Qwen3ForCausalLM:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return Qwen3ForCausalLM(config).eval()
+
+
+def adapter(base: nn.Module) -> LoraPolicy:
+    """Trained a little: both factors are random."""
+    policy = attach_lora(base, LoraSpec(rank=4, alpha=8, seed=1))
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for _, parameter in policy.trainable():
+            parameter.add_(torch.randn(parameter.shape, generator=g) * 0.05)
+    return policy
 
 
 @pytest.fixture

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdpo_core import LoraPolicy, LoraSpec, Options, Sample, attach_lora, learnt_from, make_optimizer, train_batch
+from sdpo_core import LoraPolicy, Options, Sample, learnt_from, make_optimizer, train_batch
 from sdpo_core.fast.path import obstacle
 from sdpo_core.process_ranks import join, leave
 from sdpo_core.ranks import Ranks
 from sdpo_core.samples import token_batch
 from sdpo_core.sharded import held_bytes, shard_base
 from sdpo_core.sharing import SharedScorer
-from tests.sdpo_core.conftest import tiny_model
+from tests.sdpo_core.conftest import adapter, tiny_model
 
 NUMBERS = (
     "loss", "distill_loss", "anchor_loss", "gap", "base_kl", "peak_gap", "mean_ratio", "max_ratio", "clip_fraction",
@@ -65,16 +65,6 @@ def batch() -> list[Sample]:
         logps = tuple((-2.0 - 4.0 * torch.rand(response, generator=g)).tolist())
         samples.append(Sample(ids(prompt), ids(response), ids(teacher), logps))
     return [*samples[:-1], replace(samples[-1], behaviour_logprobs=None)]
-
-
-def adapter(base: nn.Module) -> LoraPolicy:
-    """Trained a little: both factors are random."""
-    policy = attach_lora(base, LoraSpec(rank=4, alpha=8, seed=1))
-    g = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for _, parameter in policy.trainable():
-            parameter.add_(torch.randn(parameter.shape, generator=g) * 0.05)
-    return policy
 
 
 def model() -> Any:

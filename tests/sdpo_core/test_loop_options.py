@@ -21,7 +21,6 @@ from sdpo_core import (
     SampleError,
     StepMetrics,
     TokenBatch,
-    attach_lora,
     attached,
     detach,
     make_optimizer,
@@ -38,6 +37,7 @@ from sdpo_core.signals import (
     hindsight_loss,
 )
 from sdpo_core.weights import k3
+from tests.sdpo_core.conftest import adapter
 
 OPTIONS = Options(support="full", steps=1, stop_gap=0.0, learning_rate=5e-3, measure_base_kl=True)
 SAMPLES = [
@@ -50,12 +50,7 @@ MASK = torch.tensor([[1.0, 1, 1, 1], [1, 1, 0, 0]])
 @pytest.fixture
 def policy(base: Qwen3ForCausalLM) -> LoraPolicy:
     """An adapter that is not the base model."""
-    made = attach_lora(base, LoraSpec(rank=4, alpha=8, seed=1))
-    g = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for _, parameter in made.trainable():
-            parameter.add_(torch.randn(parameter.shape, generator=g) * 0.05)
-    return made
+    return adapter(base)
 
 
 def run(policy: Any, options: Options = OPTIONS, samples: list[Sample] | None = None) -> BatchResult:

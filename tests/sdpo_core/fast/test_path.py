@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -40,6 +40,7 @@ from sdpo_core import (
 from sdpo_core.fast.head import Head
 from sdpo_core.fast.packing import PackedBatch, pack
 from sdpo_core.signals import PolicyGradient
+from tests.sdpo_core.conftest import adapter
 
 OPTIONS = Options(top_k=9, steps=4, stop_gap=0.0, learning_rate=1e-3, is_clip=1.5, refresh=False)
 
@@ -52,16 +53,6 @@ def model(layers: int = 2, vocabulary: int = 131, dtype: torch.dtype = torch.flo
     )  # fmt: skip
     torch.manual_seed(0)
     return Qwen3ForCausalLM(config).to(dtype).eval()
-
-
-def adapter(base: nn.Module) -> LoraPolicy:
-    """Trained a little: both factors are random."""
-    policy = attach_lora(base, LoraSpec(rank=4, alpha=8, seed=1))
-    g = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for _, parameter in policy.trainable():
-            parameter.add_(torch.randn(parameter.shape, generator=g) * 0.05)
-    return policy
 
 
 def batch(seed: int = 0, vocabulary: int = 131) -> list[Sample]:
