@@ -30,7 +30,7 @@ def test_any_text_number_and_list_arrives_as_it_was(stack: Stack) -> None:
     rows = [
         {"id": f"{n}{text}", "holds": json.dumps([text]), "asked": None if n % 2 else "[]", "until": until}
         for n, text in enumerate(TEXTS)
-        for until in [1.7e9 + chance.random()]
+        for until in [5e9 + chance.random()]  # far ahead: the publisher clears away what is long past
     ]
     with stack.context.database.write() as s:
         INSERT.run(s.connection(), rows)
