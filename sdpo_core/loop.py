@@ -91,7 +91,6 @@ def train_batch(
     if not live:
         return BatchResult((), outcomes, "nothing_to_teach", cautioned(options.cautions))
     run = _Run(route, optimizer, live, _live_weights(samples, options), ema, known, scored, ranks)
-    run.check_base("before the first step")
     stop_reason: StopReason = "steps"
     for number in range(1, options.steps + 1):
         if any_rank(ranks, should_stop is not None and should_stop()):
@@ -103,7 +102,7 @@ def train_batch(
         if metrics.outcome == "gap_closed":
             stop_reason = "gap_closed"
             break
-    run.check_base("after the last step")
+    run.check_base()
     run.move_teacher()
     return BatchResult(tuple(run.history), outcomes, stop_reason, (*cautioned(options.cautions), *run.watch.warnings))
 
@@ -241,9 +240,10 @@ class _Run:
             message = f"the rank bound cut {ema.lost:.1%} off the moving average: raise teacher_rank"
             self.watch.warn("teacher_truncated", message)
 
-    def check_base(self, when: str) -> None:
+    def check_base(self) -> None:
+        """Once, when the batch is trained: a reading of every weight costs as much as some steps of a small batch."""
         if isinstance(self.policy, Sealed) and not self.policy.base_intact():
-            message = f"{when}, the base model without the adapter is not what it was when the adapter was attached"
+            message = "the base model without the adapter is not what it was when the adapter was attached"
             self.watch.warn("base_changed", message)
 
     def _metrics(self, number: int, sums: Sums, norm: float, outcome: Outcome, seconds: float) -> StepMetrics:

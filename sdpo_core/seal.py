@@ -1,6 +1,6 @@
 """Which model a base is: what it answers, and sums over the bits of every weight it holds.
 
-Taken when an adapter is attached and again around each batch. Version counters of tensors would be cheaper and are no
+Taken when an adapter is attached and again after each batch. Version counters of tensors would be cheaper and are no
 proof: `weight.data.add_(...)` leaves them as they are.
 """
 

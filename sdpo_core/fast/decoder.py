@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sdpo_core.fast.head import Head
+from sdpo_core.fast.last_layer import only_rows
 from sdpo_core.fast.lora_linear import fused_lora
 from sdpo_core.fast.packing import PackedBatch, attention_arguments, pack, packed_attention
 from sdpo_core.fast.windows import NARROW, has_window, narrow_windows
@@ -64,7 +65,7 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
 def hidden_states(model: PreTrainedModel, batch: PackedBatch, *, checkpointing: bool = False) -> Tensor:
     """The decoder's output at `batch.predicts_N`, (N, H)."""
     decoder = decoder_of(model)
-    with _fast_layers(model), _checkpointed(model, checkpointing):
+    with _fast_layers(model, batch), _checkpointed(model, batch, checkpointing):
         out = decoder(
             input_ids=batch.ids_P.unsqueeze(0), position_ids=batch.positions_P.unsqueeze(0), use_cache=False,
             **attention_arguments(batch),
@@ -74,17 +75,17 @@ def hidden_states(model: PreTrainedModel, batch: PackedBatch, *, checkpointing: 
 
 
 @contextmanager
-def _fast_layers(model: PreTrainedModel) -> Iterator[None]:
-    with packed_attention(model), fused_lora(model):
+def _fast_layers(model: PreTrainedModel, batch: PackedBatch) -> Iterator[None]:
+    with packed_attention(model), fused_lora(model), only_rows(model, batch.predicts_N):
         yield
 
 
 @contextmanager
-def _checkpointed(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
+def _checkpointed(model: PreTrainedModel, batch: PackedBatch, wanted: bool) -> Iterator[None]:
     """Transformers checkpoints layers that are in training mode; only the layers' own flag is set, so that nothing
     inside them (dropout) changes its behaviour. What is computed again attends as it did the first time."""
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)] if wanted else []
-    again = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), _fast_layers(model)))
+    again = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), _fast_layers(model, batch)))
     for layer in layers:
         layer.gradient_checkpointing, layer.training = True, True
         layer._gradient_checkpointing_func = again

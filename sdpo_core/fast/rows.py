@@ -27,12 +27,12 @@ _FINITE = -1e30
 class RowStats:
     """What the loss reads of each row of logits; float32 (float64 for float64 logits).
 
-    Logits are counted from the row's largest: a log-prob is a difference of two of them, and at the size of the logits
-    themselves (some hundred) float32 would round it to 1e-5.
+    Logits are counted from one of the row's largest: a log-prob is a difference of two of them, and at the size of the
+    logits themselves (some hundred) float32 would round it to 1e-5.
     """
 
     top_N: Tensor
-    """The row's largest logit, from which the others are counted."""
+    """The logit from which the others are counted: the row's largest, or one near it (`tiles.head_stats`)."""
     lse_N: Tensor
     """logsumexp of the row."""
     picked_NK: Tensor
