@@ -99,10 +99,10 @@ MUTANTS = (
            "        admission.check_files(directory, files)\n", "",
            "test_publisher.py"),
     Mutant("two publishers", "service/store/election.py", "    if held is None or held.token != token:",
-           "    if held is None:", "test_two_services.py"),
+           "    if held is None:", "test_election.py test_two_services.py"),
     Mutant("office taken before it is free", "service/store/election.py",
            "    if held.holder != process and held.until > now:", "    if False:",
-           "test_two_services.py"),
+           "test_election.py test_two_services.py"),
     Mutant("rejected version stays the head", "service/store/versions.py",
            "    move_head(s, adapter, version.parent_n)\n", "", "test_publisher.py test_model.py"),
 )  # fmt: skip

@@ -96,11 +96,14 @@ class Writer:
     """Syncs that are left out, for the proof that each is needed."""
     digests: dict[str, str] = field(default_factory=dict)
     token: int = 0
+    again: str | None = None
+    """The adapter of an attempt that was killed: the next one is for it."""
 
     def write(self, kill: float) -> None:
         """One attempt at one version. `kill`: the chance of ending at any one sync."""
         self.token += 1
-        adapter, run = self.chance.choice(("adp_a", "adp_b", f"adp_{self.token}")), f"run_{self.token}"
+        adapter = self.again or self.chance.choice(("adp_a", "adp_b", f"adp_{self.token}"))
+        run, self.again = f"run_{self.token}", None
 
         def sync(path: Path) -> None:
             if self.chance.random() < kill:
@@ -113,6 +116,7 @@ class Writer:
         try:
             files = self._publish(adapter, run, sync)
         except Killed:
+            self.again = adapter
             self.tree.look()
         else:
             self.tree.look()
@@ -140,7 +144,7 @@ def check(
         counts["lives"] += 1
         writer = Writer(Tree(place), chance, skip)
         for _ in range(written):
-            writer.write(kill=0.04)
+            writer.write(kill=0.08)
         log = writer.tree.log
         positions = sorted(chance.randint(0, len(log)) for _ in range(min(20 * written, cuts - counts["cuts"])))
         disk, at = Disk(), 0

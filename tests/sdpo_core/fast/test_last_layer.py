@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
 from sdpo_core import LoraPolicy, LoraSpec, attach_lora
@@ -47,13 +47,8 @@ def test_only_the_last_layer_is_cut_and_all_is_put_back(base: Qwen3ForCausalLM) 
     batch = pack(PROMPTS, RESPONSES, policy.device)
     before = [list(m.__dict__) for m in base.modules()]
     rows: list[int] = []
-    hooks = [layer.mlp.act_fn.register_forward_hook(lambda _, x, y: rows.append(y.shape[1])) for layer in _layers(base)]
+    for layer in base.model.layers:
+        layer.mlp.act_fn.register_forward_hook(lambda _m, _x, made: rows.append(made.shape[1]))
     policy.hidden(batch, adapter=True)
-    for hook in hooks:
-        hook.remove()
     assert rows == [len(batch.ids_P), len(batch.predicts_N)]
     assert [list(m.__dict__) for m in base.modules()] == before
-
-
-def _layers(base: Qwen3ForCausalLM) -> list[nn.Module]:
-    return list(base.model.layers)
