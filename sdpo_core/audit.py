@@ -121,7 +121,10 @@ def _relative(found: Gradient, expected: Gradient) -> float:
 
 
 def _target_difference(found: Target, expected: Target) -> float:
-    """Of the kept log-probs. Tokens on the edge of the top K may differ: what they hold is compared by rank."""
+    """Of the kept log-probs, of the likeliest where the whole row is one path's only. Tokens on the edge of the top K
+    may differ: what they hold is compared by rank."""
+    if found.states is not None and found.gap is not None and expected.gap is not None:
+        found, expected = found.gap, expected.gap
     pairs = [(found.logp, expected.logp)]
     if found.log_tail is not None and expected.log_tail is not None:
         pairs.append((found.log_tail, expected.log_tail))

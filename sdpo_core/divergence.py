@@ -58,12 +58,15 @@ class Target:
     `logp`: (..., K) with `index` for support "teacher"; (..., V) for "student" and "full"; (...) for "sampled".
     `log_tail`: (...) log mass outside `index`, for support "teacher".
     `gap`: the buckets of `GAP`, where the fields above are not these.
+    `states`: (..., H) what the output head makes the teacher's logits of, kept by the fast path in the place of rows as
+    wide as the vocabulary; `logp` is then (...), of each token's likeliest.
     """
 
     logp: Tensor
     index: Tensor | None = None
     log_tail: Tensor | None = None
     gap: Target | None = None
+    states: Tensor | None = None
 
 
 def log_probs(logits: Tensor) -> Tensor:

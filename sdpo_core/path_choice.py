@@ -52,7 +52,7 @@ def choose(policy: Policy, options: Options, ema: EmaTeacher | None) -> Route:
     plain = PlainPath(policy, options, ema)
     if options.path == "plain":
         return Route(plain, "")
-    if reason := obstacle(policy, options):
+    if reason := obstacle(policy):
         return Route(plain, reason)
     fast = FastPath(policy, options, ema)
     return Route(AuditedPath(fast, plain) if options.audit else fast, "")

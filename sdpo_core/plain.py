@@ -10,6 +10,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from sdpo_core.divergence import Target
+from sdpo_core.fast.decoder import HiddenPolicy
+from sdpo_core.fast.whole_rows import with_whole_rows
 from sdpo_core.options import Options
 from sdpo_core.paths import Part, PathName
 from sdpo_core.policy import response_logits
@@ -41,8 +44,8 @@ class PlainPath(Scorer):
     def _terms(self, part: Part, batch: TokenBatch, logits_BTV: Tensor) -> TokenTerms:
         base, start, weights = part.base, part.start, part.token_weights
         return token_terms(
-            logits_BTV, join_targets(part.targets), pad_rows([self.ids(s) for s in part.samples]), batch.mask(),
-            self.options.divergence,
+            logits_BTV, join_targets([self._whole(t) for t in part.targets]),
+            pad_rows([self.ids(s) for s in part.samples]), batch.mask(), self.options.divergence,
             is_clip=self.options.is_clip, behaviour_BT=pad_rows(part.known_behaviour(self.device)),
             base_logp_BT=None if base is None else pad_rows([b.logp for b in base]),
             base_target=None if base is None else join_targets([b.target for b in base]),
@@ -51,3 +54,7 @@ class PlainPath(Scorer):
             policy_gradient=self.options.policy_gradient,
             rewards_B=logits_BTV.new_tensor([s.reward_advantage for s in part.samples], dtype=torch.float32),
         )  # fmt: skip
+
+    def _whole(self, target: Target) -> Target:
+        """One that the fast path scored, readable here."""
+        return with_whole_rows(target, self.policy.head().logits) if isinstance(self.policy, HiddenPolicy) else target

@@ -182,4 +182,4 @@ def clean(target: Target, on_BT: Tensor) -> Target:
     logp = tidy(target.logp)
     assert logp is not None  # noqa: S101 - narrows the type; a target always has log-probs
     gap = None if target.gap is None else clean(target.gap, on_BT)
-    return Target(logp, target.index, tidy(target.log_tail), gap)
+    return Target(logp, target.index, tidy(target.log_tail), gap, target.states)

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from sdpo_core.fast.path import option_obstacle
 from sdpo_core.options import Options
 from sdpo_core.samples import Sample
 from worker.base_model import BaseModel
@@ -41,7 +40,7 @@ def planned(options: Options, base: BaseModel, samples: Sequence[Sample], rank: 
     lengths = [s.student_length for s in live]
     if base.shape is None or free is None or not lengths:
         return options
-    plain = options.path == "plain" or bool(option_obstacle(options) or base.fast_obstacle)
+    plain = options.path == "plain" or bool(base.fast_obstacle)
     share = max(len(s.response_ids) / s.student_length for s in live) if plain else None
     sharers = base.ranks.size if base.device.type == "cpu" else 1  # ranks on CPUs share the memory
     room = int(free * (1 - RESERVE)) // sharers

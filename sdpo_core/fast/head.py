@@ -23,8 +23,9 @@ from sdpo_core.fast.records import joined, narrowed
 from sdpo_core.fast.rows import RowStats
 from sdpo_core.fast.rows_triton import rows_for
 from sdpo_core.fast.tiles import head_stats
+from sdpo_core.fast.whole_rows import kept, on_students_tokens, with_states, with_whole_rows
 from sdpo_core.signals import PolicyGradient
-from sdpo_core.terms import BASE_DISTANCE, StudentView, TokenTerms, clean, terms_of
+from sdpo_core.terms import BASE_DISTANCE, StudentView, TokenTerms, clean, terms_of, token_terms
 
 R = TypeVar("R")
 CHUNK_ENTRIES = 1 << 23
@@ -80,7 +81,7 @@ class LossSpec:
     @property
     def sparse(self) -> bool:
         """Whether nothing but the kept logits has a gradient."""
-        kept_only = self.divergence.support == "teacher" and self.divergence.outside == "renormalise"
+        kept_only = self.divergence.support in ("teacher", "student") and self.divergence.outside == "renormalise"
         return kept_only and self.base_kl_weight == self.previous_kl_weight == 0.0
 
 
@@ -112,19 +113,20 @@ def response_logp(logits_NV: Tensor, ids_N: Tensor) -> Target:
     return Target((stats.chosen_N - stats.lse_N).clamp(min=dv.LOGP_FLOOR))
 
 
-def kept_teacher(logits_NV: Tensor, ids_N: Tensor, spec: DivergenceSpec) -> Target:
-    """`divergence.teacher_target` of a chunk, without its copies of the logits."""
-    if spec.support != "teacher":
-        return dv.teacher_target(logits_NV, ids_N, spec)
-    target = _top_tokens(logits_NV, ids_N, spec.top_k)
-    return target if dv.keeps_gap(spec) else replace(target, gap=_top_tokens(logits_NV, ids_N, dv.GAP.top_k))
+def kept_teacher(head: Head, states_NH: Tensor, ids_N: Tensor, spec: DivergenceSpec, size: int) -> Target:
+    """`divergence.teacher_target` from hidden states: no copy of a chunk's logits, and no whole row is kept."""
 
+    def keep(logits_NV: Tensor, ids_N: Tensor) -> Target:
+        if spec.support == "sampled":
+            return dv.teacher_target(logits_NV, ids_N, spec)
+        top_k = spec.top_k if spec.support == "teacher" else dv.GAP.top_k
+        target = kept(logits_NV, dv.top_k_indices(logits_NV, top_k), ids_N)
+        if spec.support != "teacher" or dv.keeps_gap(spec):
+            return target
+        return replace(target, gap=kept(logits_NV, dv.top_k_indices(logits_NV, dv.GAP.top_k), ids_N))
 
-def _top_tokens(logits_NV: Tensor, ids_N: Tensor, top_k: int | None) -> Target:
-    index_NK = dv.top_k_indices(logits_NV, top_k)
-    stats = rows_for(logits_NV).row_stats(logits_NV, index_NK, ids_N)
-    logp_NK = (stats.picked_NK - stats.lse_N.unsqueeze(-1)).clamp(min=dv.LOGP_FLOOR)
-    return Target(logp_NK, index_NK, (stats.rest_N - stats.lse_N).clamp(min=dv.TAIL_FLOOR))
+    found = scored(head.logits, states_NH, ids_N, size, keep)
+    return with_states(found, states_NH) if spec.support in ("student", "full") else found
 
 
 def loss_and_gradient(
@@ -135,7 +137,7 @@ def loss_and_gradient(
     `size`: tokens of a chunk; 0 = what suits.
     """
     hidden_NH = hidden_NH.detach()
-    size = size or (TILED_CHUNK if _tiled(hidden_NH, target, inputs, spec) else chunk_tokens(len(head.weight_VH)))
+    size = size or _chunk_size(head, hidden_NH, target, inputs, spec)
     gradient_NH = torch.empty_like(hidden_NH)
     found = []
     for start, length in chunks(len(ids_N), size):
@@ -148,15 +150,27 @@ def loss_and_gradient(
     return joined(found), gradient_NH
 
 
+def _chunk_size(head: Head, hidden_NH: Tensor, target: Target, inputs: RowInputs, spec: LossSpec) -> int:
+    if _tiled(hidden_NH, target, inputs, spec):
+        return TILED_CHUNK
+    size = chunk_tokens(len(head.weight_VH))
+    return max(LEAST_CHUNK, size // 4) if spec.divergence.support == "full" else size  # autograd keeps copies
+
+
 @torch.enable_grad()
 def _chunk(
     head: Head, hidden_NH: Tensor, ids_N: Tensor, target: Target, inputs: RowInputs, spec: LossSpec
 ) -> tuple[TokenTerms, Tensor]:
     """The small graph from the statistics to the loss begins and ends here, whatever the caller's mode."""
+    if spec.divergence.support == "full":
+        return _dense_chunk(head, hidden_NH, ids_N, target, inputs, spec)
     on_N = torch.ones_like(ids_N, dtype=torch.bool)
+    logits_NV = None if _tiled(hidden_NH, target, inputs, spec) else head.logits(hidden_NH)
+    if spec.divergence.support == "student":
+        assert logits_NV is not None  # noqa: S101 - tiles are for the teacher's tokens
+        target = on_students_tokens(logits_NV, target, ids_N, spec.divergence, head.logits)
     target = clean(target, on_N)
     index_NK = ids_N.new_empty(len(ids_N), 0) if target.index is None else target.index
-    logits_NV = None if _tiled(hidden_NH, target, inputs, spec) else head.logits(hidden_NH)
     stats = (
         head_stats(hidden_NH, head.weight_VH, head.bias_V, index_NK, ids_N)
         if logits_NV is None
@@ -183,9 +197,26 @@ def _chunk(
     return _detached(terms), _through_head(head, logits_NV, stats, slopes, index_NK, ids_N)
 
 
+@torch.enable_grad()
+def _dense_chunk(
+    head: Head, hidden_NH: Tensor, ids_N: Tensor, target: Target, inputs: RowInputs, spec: LossSpec
+) -> tuple[TokenTerms, Tensor]:
+    """Over the full vocabulary, where nothing is left out: the plain path's terms, of one chunk."""
+    logits_NV = head.logits(hidden_NH).requires_grad_()
+    terms = token_terms(
+        logits_NV, with_whole_rows(target, head.logits), ids_N, torch.ones_like(ids_N), spec.divergence,
+        is_clip=spec.is_clip, behaviour_BT=inputs.behaviour_N, base_logp_BT=inputs.base_logp_N,
+        base_target=inputs.base_target, previous_logp_BT=inputs.previous_logp_N,
+        token_weights_BT=inputs.token_weights_N,
+    )  # fmt: skip
+    loss = (terms.loss(spec.base_kl_weight, spec.previous_kl_weight) * inputs.weights_N).sum()
+    (grad_NV,) = torch.autograd.grad(loss, logits_NV)
+    return _detached(terms), grad_NV.to(head.weight_VH.dtype) @ head.weight_VH
+
+
 def _tiled(hidden_NH: Tensor, target: Target, inputs: RowInputs, spec: LossSpec) -> bool:
-    """Whether no row of logits need ever be whole: one reading, of one set of kept tokens, is all there is."""
-    read_once = inputs.base_target is None and target.gap is None
+    """Whether no row of logits need ever be whole: one reading, of one known set of tokens, is all there is."""
+    read_once = target.index is not None and inputs.base_target is None and target.gap is None
     return spec.sparse and read_once and not hidden_NH.is_cuda and len(hidden_NH) > 0
 
 

@@ -38,17 +38,8 @@ from sdpo_core.terms import TokenTerms, clean
 R = TypeVar("R")
 
 
-def option_obstacle(options: Options) -> str:
-    """Why the fast path cannot take these options, whatever the model; empty when it can."""
-    if options.support in ("student", "full"):
-        return f"support {options.support!r} needs the teacher's whole distribution at every token"
-    return ""
-
-
-def obstacle(policy: Policy, options: Options) -> str:
-    """Why the fast path cannot take this batch, in a few words; empty when it can."""
-    if reason := option_obstacle(options):
-        return reason
+def obstacle(policy: Policy) -> str:
+    """Why the fast path cannot take this policy, in a few words; empty when it can. It takes all options."""
     if not isinstance(policy, HiddenPolicy):
         return "the policy gives logits only, no hidden states"
     return policy.obstacle()
@@ -75,40 +66,28 @@ class FastPath(Scorer):
 
     @torch.no_grad()
     def targets(self, samples: Sequence[Sample]) -> list[Target]:
-        spec, mix = self.options.divergence, self.options.teacher_mix
         found: list[Target] = []
         lengths = [len(s.teacher_prompt_ids) + len(s.response_ids) for s in samples]
         for rows in packed_groups(lengths, self.options.micro_batch_tokens):
             part = [samples[r] for r in rows]
             batch = pack([s.teacher_prompt_ids for s in part], [s.response_ids for s in part], self.device)
-            hidden_NH = self._teacher_hidden(batch)
-            if mix > 0:
-                student_NH = self._model.hidden(batch, adapter=True)
-                found += self._mixed(batch, hidden_NH, student_NH)
-            else:
-                found += self._scored(batch, hidden_NH, lambda logits, ids: kept_teacher(logits, ids, spec))
+            found += split(self._kept(batch, self._teacher_hidden(batch)), batch.response_lengths)
         return found
+
+    def _kept(self, batch: PackedBatch, states_NH: Tensor) -> Target:
+        head, spec = self._model.head(), self.options.divergence
+        return kept_teacher(head, states_NH, batch.response_ids_N, spec, self._chunk(head))
 
     def _teacher_hidden(self, batch: PackedBatch) -> Tensor:
         if self.options.teacher == "ema":
             assert self.ema is not None  # noqa: S101 - checked when made
-            return self._model.delta_hidden(batch, self.ema.deltas)
-        return self._model.hidden(batch, adapter=self.options.teacher in ("previous", "live"))
-
-    def _mixed(self, batch: PackedBatch, teacher_NH: Tensor, student_NH: Tensor) -> list[Target]:
-        """Targets of the trust region's mixture: two heads' logits per chunk."""
-        head, width = self._model.head(), teacher_NH.shape[-1]
-        both_NH = torch.cat([teacher_NH, student_NH], dim=-1)
-
-        def logits(hidden_NH: Tensor) -> Tensor:
-            teacher_NV, student_NV = (head.logits(h) for h in (hidden_NH[:, :width], hidden_NH[:, width:]))
-            return trust_region_logits(teacher_NV, student_NV, self.options.teacher_mix)
-
-        found = scored(
-            logits, both_NH, batch.response_ids_N, self._chunk(head),
-            lambda logits_NV, ids_N: kept_teacher(logits_NV, ids_N, self.options.divergence),
-        )  # fmt: skip
-        return split(found, batch.response_lengths)
+            hidden_NH = self._model.delta_hidden(batch, self.ema.deltas)
+        else:
+            hidden_NH = self._model.hidden(batch, adapter=self.options.teacher in ("previous", "live"))
+        if self.options.teacher_mix == 0:
+            return hidden_NH
+        # The head is linear: mixed states give mixed logits.
+        return trust_region_logits(hidden_NH, self._model.hidden(batch, adapter=True), self.options.teacher_mix)
 
     @torch.no_grad()
     def base(self, samples: Sequence[Sample]) -> list[BaseScore]:

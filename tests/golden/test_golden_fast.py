@@ -28,7 +28,7 @@ CHUNK = 3
 ROUNDING = 2e-6
 """One rounding of a float32 log-prob times that log-prob (2.4e-7 x 7.5). A student equal to its teacher gives exactly 0
 in the plain path, where both come out of one function, and this in the fast one (verl/identical/sampled)."""
-COVERED = {"verl_sdpo": 5, "claas_sdpo": 8, "claas_steps": 3, "openclaw_topk": 1}
+COVERED = {"verl_sdpo": 70, "trl_sdpo": 14, "claas_sdpo": 40, "claas_steps": 10, "openclaw_topk": 2}
 """Families, and how many cases of each go through at least."""
 
 
@@ -131,7 +131,7 @@ def _fast_port(adapter: ModuleType, toy: Any) -> Any:
 def _covers(family: str, settings: dict[str, Any], inputs: dict[str, Any]) -> bool:
     if family == "verl_sdpo" or family == "trl_sdpo":
         masked = inputs.get("response_mask", inputs.get("loss_mask"))
-        return settings["mode"] == "sampled" and bool(masked.any())
+        return bool(masked.any())
     return family in COVERED
 
 

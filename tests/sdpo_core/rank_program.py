@@ -121,7 +121,7 @@ def once(base: nn.Module, seed: int) -> dict[str, Any]:
     bare, adapted = policy.logits(tokens, adapter=False), policy.logits(tokens, adapter=True)
     torch.autograd.backward(adapted.log_softmax(-1)[..., 5].sum())
     gradients = [p.grad for _, p in policy.trainable()]
-    found = {"bare": bare, "adapted": adapted.detach(), "gradients": gradients, "reason": obstacle(policy, Options())}
+    found = {"bare": bare, "adapted": adapted.detach(), "gradients": gradients, "reason": obstacle(policy)}
     intact = policy.base_intact()
     return found | {"intact": policy.base_unchanged(policy.detach()) and intact}
 

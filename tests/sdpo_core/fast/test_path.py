@@ -27,7 +27,9 @@ from sdpo_core import (
     LoraSpec,
     OptionError,
     Options,
+    Policy,
     Sample,
+    StepMetrics,
     TargetError,
     TokenBatch,
     attach_lora,
@@ -104,6 +106,18 @@ COVERED: dict[str, dict[str, Any]] = {
     },
     "anchors": {"base_kl_weight": 0.2, "previous_kl_weight": 0.3},
     "measured base": {"measure_base_kl": True},
+    "the student's tokens and a tail": {"support": "student", "alpha": 0.5},
+    "the student's tokens, renormalised, in small chunks": {
+        "support": "student", "alpha": 0.5, "outside": "renormalise", "chunk_tokens": 3,
+    },
+    "the student's tokens, a moving average, mixed": {
+        "support": "student", "alpha": 1.0, "teacher": "ema", "teacher_mix": 0.3, "measure_base_kl": True,
+    },
+    "the full vocabulary": {"support": "full", "alpha": 0.5, "top_k": None},
+    "the full vocabulary with anchors, in small chunks": {
+        "support": "full", "alpha": 0.0, "top_k": None, "base_kl_weight": 0.2, "previous_kl_weight": 0.3,
+        "chunk_tokens": 3, "micro_batch_tokens": 30,
+    },
     "refresh": {"refresh": True},
     "no ratio": {"is_clip": None},
     "live teacher": {"teacher": "live"},
@@ -162,15 +176,45 @@ def test_bfloat16_base_to_1e_2() -> None:
     assert relative(fast.gradient, plain.gradient) <= 1e-2
 
 
-def test_what_it_cannot_do_goes_the_plain_way_by_name() -> None:
-    for name, changes in {
-        "support": {"support": "student", "alpha": 0.5},
-    }.items():
-        step = Ran(OPTIONS.replace(steps=1, path="fast", **changes)).result.steps[0]
-        assert step.path == "plain"
-        assert name in step.fallback_reason
-    assert Ran(OPTIONS.replace(steps=1, path="plain")).result.steps[0].fallback_reason == ""
-    assert Ran(OPTIONS.replace(steps=1)).result.steps[0].path == "fast"
+def test_the_path_says_its_name_and_why_it_is_the_plain_one() -> None:
+    def first(policy: Policy, path: str) -> StepMetrics:
+        options = OPTIONS.replace(steps=1, path=path)
+        return train_batch(policy, make_optimizer(policy, options), batch(), options).steps[0]
+
+    class LogitsOnly:
+        """All of a policy, and nothing more."""
+
+        def __init__(self, inner: LoraPolicy) -> None:
+            self.device, self.trainable, self.logits = inner.device, inner.trainable, inner.logits
+
+    asked = (adapter(model()), "plain"), (adapter(model()), "auto"), (LogitsOnly(adapter(model())), "fast")
+    steps = [first(policy, path) for policy, path in asked]
+    assert [(s.path, s.fallback_reason) for s in steps] == [
+        ("plain", ""), ("fast", ""), ("plain", "the policy gives logits only, no hidden states"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("support", "top_k"), [("student", 9), ("full", None)])
+@pytest.mark.parametrize(("ahead", "then"), [("fast", "plain"), ("plain", "fast"), ("fast", "fast")])
+def test_what_one_path_scored_ahead_the_other_can_read(support: str, top_k: int | None, ahead: str, then: str) -> None:
+    """A teacher's whole rows, and in their place what the head was given: the same batch."""
+    options = OPTIONS.replace(support=support, top_k=top_k, alpha=0.5, steps=2)
+    policy = adapter(model())
+    targets = teacher_targets(policy, batch(), options.replace(path=ahead))
+    widths = {t.target.logp.shape[1:] for t in targets if t.target.logp.numel()}
+    assert widths == ({torch.Size([])} if ahead == "fast" else {torch.Size([131])})
+    options = options.replace(path=then)
+    found = train_batch(policy, make_optimizer(policy, options), batch(), options, targets=targets)
+    assert found.steps[0].path == then
+    same_metrics(found, Ran(options).result)
+
+
+def test_audit_of_whole_rows_finds_rounding_only() -> None:
+    options = OPTIONS.replace(support="student", alpha=0.5, audit=True, steps=2)
+    for metrics in Ran(options).result.steps:
+        assert metrics.audit is not None
+        assert max(vars(metrics.audit).values()) < 1e-4
+        assert metrics.audit.teacher > 0
 
 
 def test_a_window_that_only_the_mask_knows_is_noticed() -> None:
@@ -339,11 +383,12 @@ def test_teacher_scored_ahead() -> None:
         teacher_targets(policy, batch(), options.replace(teacher="live"))
 
 
-def test_nothing_as_wide_as_the_vocabulary_is_kept() -> None:
+@pytest.mark.parametrize("changes", [{}, {"support": "student", "alpha": 0.5}])
+def test_nothing_as_wide_as_the_vocabulary_is_kept(changes: dict[str, Any]) -> None:
     """No tensor that autograd saves has the vocabulary as a side, and none is larger than a chunk's logits."""
     vocabulary, seen = 4099, []
     policy = adapter(model(vocabulary=vocabulary))
-    options = OPTIONS.replace(path="fast", steps=1, chunk_tokens=4)
+    options = OPTIONS.replace(path="fast", steps=1, chunk_tokens=4, **changes)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t.shape) or t, lambda t: t):
         train_batch(policy, make_optimizer(policy, options), batch(vocabulary=vocabulary), options)
     assert seen
