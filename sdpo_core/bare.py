@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 
 from sdpo_core.errors import AdapterError
 from sdpo_core.fast.decoder import head_of, hidden_states, obstacle_in
-from sdpo_core.fast.head import Head
 from sdpo_core.fast.packing import PackedBatch
 from sdpo_core.fast.prefixes import Read, read_behind, reads_on
+from sdpo_core.fast.scores import Head
 from sdpo_core.lora_policy import kept_logits, takes_logits_to_keep
 from sdpo_core.lowrank import LowRank
 from sdpo_core.samples import TokenBatch

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from sdpo_core.errors import AdapterError
 from sdpo_core.fast.decoder import head_of, hidden_states, obstacle_in
-from sdpo_core.fast.head import Head
 from sdpo_core.fast.packing import PackedBatch
+from sdpo_core.fast.scores import Head
 from sdpo_core.lowrank import LowRank
 from sdpo_core.samples import TokenBatch
 from sdpo_core.seal import BaseSeal, seal_of, vocabulary_of, window_of

@@ -11,8 +11,8 @@ import torch
 
 from sdpo_core.audit import AuditedPath
 from sdpo_core.ema import EmaTeacher
-from sdpo_core.fast.head import LEAST_CHUNK
 from sdpo_core.fast.path import FastPath, obstacle
+from sdpo_core.fast.scores import LEAST_CHUNK
 from sdpo_core.options import Options
 from sdpo_core.paths import Path
 from sdpo_core.plain import PlainPath

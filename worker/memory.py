@@ -25,7 +25,7 @@ LOGIT_BYTES = {4: 36, 2: 33}
 """Of the plain path, per response token and vocabulary entry, by bytes of the model's dtype. Measured as peak resident
 memory of `train_batch` (default options) for 32,768 and 65,536 entries: 9.0 float32 copies, in bfloat16 8.1."""
 CHUNK_LOGITS, LEAST_CHUNK = 1 << 23, 16
-"""Of the fast path: logits at a time, and response tokens at least (sdpo_core.fast.head's numbers)."""
+"""Of the fast path: logits at a time, and response tokens at least (sdpo_core.fast.scores' numbers)."""
 LOGIT_COPIES = 6
 """float32 tensors of a chunk's size at a time, at most: when a teacher with a tail bucket is scored."""
 HELD_MORE = {"cpu": 2.2, "cuda": 1.15}

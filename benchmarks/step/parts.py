@@ -14,7 +14,8 @@ from benchmarks.step.shapes import OPTIONS, RANK, Case, S, build
 from benchmarks.step.variants import FAST
 from sdpo_core import LoraSpec, attached, make_optimizer, train_batch
 from sdpo_core.divergence import Target
-from sdpo_core.fast.head import Head, LossSpec, RowInputs, kept_gradient, loss_and_gradient
+from sdpo_core.fast.head import LossSpec, RowInputs, kept_gradient, loss_and_gradient
+from sdpo_core.fast.scores import Head
 
 HIDDEN = 512
 VOCABULARY = 151_936

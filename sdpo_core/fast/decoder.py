@@ -13,10 +13,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from sdpo_core.fast.head import Head
 from sdpo_core.fast.last_layer import only_rows
 from sdpo_core.fast.lora_linear import fused_lora
 from sdpo_core.fast.packing import PackedBatch, attention_arguments, pack, packed_attention
+from sdpo_core.fast.scores import Head
 from sdpo_core.fast.windows import NARROW, has_window, narrow_windows
 from sdpo_core.lowrank import LowRank
 from sdpo_core.policy import Policy

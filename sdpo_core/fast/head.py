@@ -9,9 +9,7 @@ renormalised divergence without anchors), by a weighted sum of K rows of the hea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,34 +20,14 @@ from sdpo_core.divergence import DivergenceSpec, Target
 from sdpo_core.fast.records import joined, narrowed
 from sdpo_core.fast.rows import RowStats
 from sdpo_core.fast.rows_triton import rows_for
+from sdpo_core.fast.scores import LEAST_CHUNK, Head, chunk_tokens, chunks
 from sdpo_core.fast.tiles import head_stats
-from sdpo_core.fast.whole_rows import kept, on_students_tokens, with_states, with_whole_rows
+from sdpo_core.fast.whole_rows import on_students_tokens, with_whole_rows
 from sdpo_core.signals import PolicyGradient
 from sdpo_core.terms import BASE_DISTANCE, StudentView, TokenTerms, clean, terms_of, token_terms
 
-R = TypeVar("R")
-CHUNK_ENTRIES = 1 << 23
-"""Logits of a chunk when nobody says how many: 32 MB in float32."""
-LEAST_CHUNK = 16
 TILED_CHUNK = 256
 """Tokens at a time where logits are made in tiles (sdpo_core.fast.tiles)."""
-
-
-def chunk_tokens(vocabulary: int) -> int:
-    """Tokens of a chunk by default."""
-    return max(LEAST_CHUNK, CHUNK_ENTRIES // vocabulary)
-
-
-@dataclass(frozen=True)
-class Head:
-    """The frozen output layer."""
-
-    weight_VH: Tensor
-    bias_V: Tensor | None = None
-
-    @torch.no_grad()
-    def logits(self, hidden_NH: Tensor) -> Tensor:
-        return functional.linear(hidden_NH, self.weight_VH, self.bias_V)
 
 
 @dataclass(frozen=True)
@@ -83,50 +61,6 @@ class LossSpec:
         """Whether nothing but the kept logits has a gradient."""
         kept_only = self.divergence.support in ("teacher", "student") and self.divergence.outside == "renormalise"
         return kept_only and self.base_kl_weight == self.previous_kl_weight == 0.0
-
-
-def chunks(tokens: int, size: int) -> Iterator[tuple[int, int]]:
-    """(start, length) of each; one of no tokens for none."""
-    for start in range(0, max(tokens, 1), size):
-        yield start, min(size, tokens - start)
-
-
-@torch.no_grad()
-def scored(
-    logits: Callable[[Tensor], Tensor],
-    hidden_NH: Tensor,
-    ids_N: Tensor,
-    size: int,
-    keep: Callable[[Tensor, Tensor], R],
-) -> R:
-    """`keep(logits, ids)` of every chunk, joined: for everything that is scored without gradient."""
-    parts = [
-        keep(logits(hidden_NH.narrow(0, start, length)), ids_N.narrow(0, start, length))
-        for start, length in chunks(len(ids_N), size)
-    ]
-    return joined(parts)
-
-
-def response_logp(logits_NV: Tensor, ids_N: Tensor) -> Target:
-    """Log-probs of the response tokens of a chunk, as a record with `logp` (N,)."""
-    stats = rows_for(logits_NV).row_stats(logits_NV, ids_N.new_empty(len(ids_N), 0), ids_N)
-    return Target((stats.chosen_N - stats.lse_N).clamp(min=dv.LOGP_FLOOR))
-
-
-def kept_teacher(head: Head, states_NH: Tensor, ids_N: Tensor, spec: DivergenceSpec, size: int) -> Target:
-    """`divergence.teacher_target` from hidden states: no copy of a chunk's logits, and no whole row is kept."""
-
-    def keep(logits_NV: Tensor, ids_N: Tensor) -> Target:
-        if spec.support == "sampled":
-            return dv.teacher_target(logits_NV, ids_N, spec)
-        top_k = spec.top_k if spec.support == "teacher" else dv.GAP.top_k
-        target = kept(logits_NV, dv.top_k_indices(logits_NV, top_k), ids_N)
-        if spec.support != "teacher" or dv.keeps_gap(spec):
-            return target
-        return replace(target, gap=kept(logits_NV, dv.top_k_indices(logits_NV, dv.GAP.top_k), ids_N))
-
-    found = scored(head.logits, states_NH, ids_N, size, keep)
-    return with_states(found, states_NH) if spec.support in ("student", "full") else found
 
 
 def loss_and_gradient(

@@ -14,18 +14,10 @@ from torch import Tensor
 
 from sdpo_core.divergence import Target
 from sdpo_core.fast.decoder import HiddenPolicy
-from sdpo_core.fast.head import (
-    Head,
-    LossSpec,
-    RowInputs,
-    chunk_tokens,
-    kept_teacher,
-    loss_and_gradient,
-    response_logp,
-    scored,
-)
+from sdpo_core.fast.head import LossSpec, RowInputs, loss_and_gradient
 from sdpo_core.fast.packing import PackedBatch, pack, packed_groups
 from sdpo_core.fast.records import joined, split
+from sdpo_core.fast.scores import Head, chunk_tokens, kept_teacher, response_logp, scored
 from sdpo_core.options import Options
 from sdpo_core.paths import Part, PathName
 from sdpo_core.policy import Policy

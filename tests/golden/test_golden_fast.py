@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from sdpo_core.divergence import DivergenceSpec, Target
-from sdpo_core.fast.head import Head, LossSpec, RowInputs, loss_and_gradient
+from sdpo_core.fast.head import LossSpec, RowInputs, loss_and_gradient
 from sdpo_core.fast.packing import PackedBatch
+from sdpo_core.fast.scores import Head
 from sdpo_core.lowrank import LowRank
 from sdpo_core.terms import TokenTerms
 

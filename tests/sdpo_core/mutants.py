@@ -184,7 +184,7 @@ MUTANTS = (
            "if not model._can_set_attn_implementation():", "if False:", "test_windows.py"),
     Mutant("fast: windows stay wide when tried", "fast/windows.py", "min(NARROW, max(width // 2, 1))", "width",
            "test_windows.py"),
-    Mutant("fast: last chunk left out", "fast/head.py", "    for start in range(0, max(tokens, 1), size):",
+    Mutant("fast: last chunk left out", "fast/scores.py", "    for start in range(0, max(tokens, 1), size):",
            "    for start in range(0, max(tokens - tokens % size, 1), size):", "test_head.py"),
     Mutant("fast: chunks share the first targets", "fast/head.py",
            "narrowed(target, start, length), narrowed(inputs, start, length), spec,",

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdpo_core.fast.head import chunk_tokens
+from sdpo_core.fast.scores import chunk_tokens
 from sdpo_core.options import Options
 from worker.memory import LOGIT_COPIES, ModelShape, chunk_bytes, kv_bytes
 from worker.plan import candidates, fitting, free_bytes, needed

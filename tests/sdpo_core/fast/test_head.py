@@ -12,7 +12,8 @@ from torch import Tensor
 
 from sdpo_core import divergence as dv
 from sdpo_core.divergence import DivergenceSpec, Target
-from sdpo_core.fast.head import Head, LossSpec, RowInputs, loss_and_gradient, scored
+from sdpo_core.fast.head import LossSpec, RowInputs, loss_and_gradient
+from sdpo_core.fast.scores import Head, scored
 from sdpo_core.terms import BASE_DISTANCE, TokenTerms, token_terms
 
 SPECS = {

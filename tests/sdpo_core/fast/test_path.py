@@ -39,8 +39,8 @@ from sdpo_core import (
     teacher_targets,
     train_batch,
 )
-from sdpo_core.fast.head import Head
 from sdpo_core.fast.packing import PackedBatch, pack
+from sdpo_core.fast.scores import Head
 from sdpo_core.signals import PolicyGradient
 from tests.sdpo_core.conftest import adapter
 
