@@ -118,5 +118,9 @@ class ResponseFormat(Request):
             raise ValueError("json_schema belongs to type json_schema, and to no other")
         return self
 
+    @property
+    def constrains(self) -> bool:
+        return self.type != "text"
+
     def plain(self) -> dict[str, Any]:
         return self.model_dump(by_alias=True, exclude_none=True)

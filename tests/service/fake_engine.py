@@ -221,7 +221,7 @@ class FakeEngine(httpx2.AsyncBaseTransport):
                 await self.held.wait()
             for index in range(answer.n):
                 yield _event(answer.chunk(at, index))
-        if (answer.body.get("stream_options") or {}).get("include_usage"):
+        if answer.streamed("include_usage"):
             yield _event(answer.head | {"choices": [], "usage": answer.usage()})
         yield b"data: [DONE]\n\n"
 
@@ -268,7 +268,11 @@ class Answer:
             choice |= {"text": self.pieces[at].get("content", "")} | (self._prompt() if at == 0 else {})
         else:
             choice["delta"] = self.pieces[at]
-        return self.head | {"choices": [choice]}
+        counts = {"usage": self.usage(at + 1)} if self.streamed("continuous_usage_stats") else {}
+        return self.head | {"choices": [choice]} | counts
+
+    def streamed(self, option: str) -> bool:
+        return bool((self.body.get("stream_options") or {}).get(option))
 
     def _choice(self, tokens: range, index: int) -> Json:
         last = tokens.stop == len(self.pieces)
@@ -288,8 +292,9 @@ class Answer:
     def _prompt(self) -> Json:
         return {"prompt_token_ids": self.prompt} if self.ids else {}
 
-    def usage(self) -> Json:
-        prompt, made = len(self.prompt), self.n * len(self.pieces)
+    def usage(self, pieces: int | None = None) -> Json:
+        """Of the whole answer, or after so many pieces of one choice."""
+        prompt, made = len(self.prompt), self.n * len(self.pieces) if pieces is None else pieces
         return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
 
 

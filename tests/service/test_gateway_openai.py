@@ -64,12 +64,22 @@ def test_every_field_that_the_engine_takes_reaches_it(helper: Stack) -> None:
         "logit_bias": {"12": -100}, "stop_token_ids": [7], "include_stop_str_in_output": True, "min_tokens": 1,
         "ignore_eos": True, "skip_special_tokens": False,
         "spaces_between_special_tokens": False, "bad_words": ["never"], "tools": TOOLS, "parallel_tool_calls": False,
-        "tool_choice": {"type": "function", "function": {"name": "weather"}}, "reasoning_effort": "low",
+        "tool_choice": {"type": "function", "function": {"name": "weather"}}, "reasoning_effort": "xhigh",
         "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}},
+        "seed": -(2**63), "thinking_token_budget": 0, "stream_interval": 3, "return_tokens_as_token_ids": True,
+        "repetition_detection": {"max_pattern_size": 4, "min_pattern_size": 2, "min_count": 3},
     }  # fmt: skip
-    helper.alice.ok("POST", CHAT, body(**fields))
+    answer = helper.alice.ok("POST", CHAT, body(**fields))
     sent = helper.engine.payloads[-1]
     assert {k: sent[k] for k in fields} == fields
+    drawn = {k: fields[k] for k in ("seed", "thinking_token_budget", "repetition_detection", "logit_bias")}
+    assert kept(helper, answer["id"])["sampling"].items() >= drawn.items()
+
+
+def test_tokens_that_alone_are_allowed_reach_the_engine_and_are_kept(helper: Stack) -> None:
+    answer = helper.alice.ok("POST", CHAT, body(allowed_token_ids=[5, 7]))
+    assert helper.engine.payloads[-1]["allowed_token_ids"] == [5, 7]
+    assert kept(helper, answer["id"])["sampling"]["allowed_token_ids"] == [5, 7]
 
 
 def test_a_conversation_with_tools_reaches_the_template_whole(helper: Stack) -> None:
@@ -120,6 +130,33 @@ def test_reasoning_is_kept_apart(helper: Stack) -> None:
     assert (row["response"], row["reply"]) == ("rain", {"reasoning": "hm, rain"})
     message = helper.alice.ok("POST", CHAT, body())["choices"][0]["message"]
     assert message == {"role": "assistant", "content": "rain", "reasoning": "hm, rain"}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_reasoning_that_is_not_wanted_is_kept_and_not_shown(helper: Stack, stream: bool) -> None:
+    """vLLM would leave the token ids out as well: it is not told."""
+    helper.engine.deltas = THINKING
+    if stream:
+        chunks = streamed(helper, CHAT, **body(include_reasoning=False))
+        assert [c["choices"][0]["delta"] for c in chunks] == [{"role": "assistant", "content": ""}, {"content": "rain"}]
+        completion = chunks[0]["id"]
+    else:
+        answer = helper.alice.ok("POST", CHAT, body(include_reasoning=False))
+        assert answer["choices"][0]["message"] == {"role": "assistant", "content": "rain"}
+        completion = answer["id"]
+    assert "include_reasoning" not in helper.engine.payloads[-1]
+    row = kept(helper, completion)
+    assert (row["reply"], row["response_token_ids"]) == ({"reasoning": "hm, rain"}, [100, 101, 102])
+
+
+def test_counts_of_each_chunk_where_they_are_asked_for(helper: Stack) -> None:
+    running = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = streamed(helper, CHAT, **body(stream_options=running))
+    assert [c["usage"]["completion_tokens"] for c in chunks[1:]] == [1, 2, 3, 3]
+    for options in ({"include_usage": True}, {"continuous_usage_stats": True}, None):
+        chunks = streamed(helper, CHAT, **body(stream_options=options))
+        assert helper.engine.payloads[-1]["stream_options"] == {"include_usage": True}
+        assert ["usage" in c for c in chunks[:4]] == [False] * 4, "as in vLLM"
 
 
 def test_tokens_that_a_parser_withholds_are_kept_and_shown_only_if_asked(helper: Stack) -> None:
@@ -184,6 +221,10 @@ def test_text_completions(helper: Stack) -> None:
     told = {"items": [{"completion_id": whole["id"], "feedback": "x"}]}
     error_of(helper.alice.post("/v1/feedback", told), 422, "not_a_conversation")
 
+    own: Json = {"add_special_tokens": False, "response_format": {"type": "json_object"}}
+    helper.alice.ok("POST", TEXT, ask | own)
+    assert helper.engine.payloads[-1].items() >= own.items()
+
 
 def test_an_engine_without_text_completions_says_so(helper: Stack) -> None:
     helper.engine.texts = False
@@ -195,7 +236,8 @@ def test_an_engine_without_text_completions_says_so(helper: Stack) -> None:
     [
         ("chat_template", "{{ 1 }}"), ("chat_template_kwargs", {}), ("kv_transfer_params", {}), ("priority", 1),
         ("prompt_embeds", "x"), ("cache_salt", "mine"), ("request_id", "mine"), ("structured_outputs", {}),
-        ("best_of", 2), ("functions", []), ("colour", "red"),
+        ("best_of", 2), ("functions", []), ("colour", "red"), ("logprob_token_ids", [1]), ("vllm_xargs", {}),
+        ("continue_final_message", True), ("add_special_tokens", True), ("truncate_prompt_tokens", 4),
     ],
 )  # fmt: skip
 def test_what_is_refused_is_named(helper: Stack, field: str, value: Any) -> None:
@@ -217,6 +259,21 @@ def test_what_is_refused_is_named(helper: Stack, field: str, value: Any) -> None
         ({"tools": [TOOLS[0]] * 129}, "tools"),
         ({"logit_bias": {"x": 1}}, "logit_bias.x.[key]"),
         ({"logit_bias": {str(i): 1 for i in range(301)}}, "logit_bias"),
+        ({"allowed_token_ids": []}, "allowed_token_ids"),
+        ({"allowed_token_ids": list(range(1025))}, "allowed_token_ids"),
+        ({"allowed_token_ids": [1], "response_format": {"type": "json_object"}}, "body"),
+        ({"allowed_token_ids": [1], "tools": TOOLS, "tool_choice": "required"}, "body"),
+        ({"bad_words": ["ü" * 256]}, "bad_words"),
+        ({"seed": 2**63}, "seed"),
+        ({"seed": -(2**63) - 1}, "seed"),
+        ({"seed": 2**63 - 2, "n": 3}, "body"),
+        ({"thinking_token_budget": -2}, "thinking_token_budget"),
+        ({"thinking_token_budget": 2**31}, "thinking_token_budget"),
+        ({"repetition_detection": {"max_pattern_size": 33, "min_count": 2}}, "repetition_detection.max_pattern_size"),
+        ({"repetition_detection": {"max_pattern_size": 3}}, "repetition_detection"),
+        ({"stream_interval": 0}, "stream_interval"),
+        ({"include_reasoning": False, "logprobs": True}, "body"),
+        ({"include_reasoning": False, "return_token_ids": True}, "body"),
         ({"response_format": {"type": "json_schema"}}, "response_format"),
         ({"response_format": {"type": "structural_tag"}}, "response_format.type"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x/"}}]}]},
