@@ -2,8 +2,8 @@
 
 It refuses what vLLM refuses: a taken name (400), a missing path (404), missing weights (500), an unknown model (404), a
 prompt beyond the window (400). What its log-probs mean shows only when the same is asked at two temperatures. A
-`cache_salt` that is not alphanumeric kills it, as CVE-2026-105756 did. Its answers name the model that gave them, one
-token per word.
+`cache_salt` that is not alphanumeric kills it, as CVE-2026-105756 did, and so do log-probs of a prompt. Its answers
+name the model that gave them, one token per word.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from typing import Any
 import httpx2
 
 Json = dict[str, Any]
+LIKELIEST, LIKELIEST_VALUE = 99_999, -0.0625
+"""Of every next token of a text."""
 
 
 class FakeEngine(httpx2.AsyncBaseTransport):
@@ -187,11 +189,27 @@ class FakeEngine(httpx2.AsyncBaseTransport):
             return _error(404, f"The model `{model}` does not exist.")
         self.probes.append(model)
         choice: Json = {"index": 0, "text": "b", "finish_reason": "length"}
+        if body.get("return_tokens_as_token_ids"):
+            if not self.texts:
+                return _error(400, "The embedded engine does not support allowed_token_ids for texts.")
+            choice["logprobs"] = {"top_logprobs": [self._drawn(model, prompt, body.get("allowed_token_ids"))]}
         if body.get("prompt_logprobs") is not None:
+            if self.texts:
+                self.dead = True
+                return _error(500, "EngineCore encountered an issue.")
             values = self.scores.get(model, [-0.5] * (len(prompt) - 1))
             rows = [{str(t): {"logprob": v, "rank": 1}} for t, v in zip(prompt[1:], values, strict=True)]
             choice["prompt_logprobs"] = [None, *rows]
         return httpx2.Response(200, json={"id": "cmpl-engine", "model": model, "choices": [choice]})
+
+    def _drawn(self, model: str, prompt: list[int], allowed: list[int] | None) -> Json:
+        """The token behind a prompt: `LIKELIEST` where any may be drawn, else the first that is allowed."""
+        value = self.scores.get(model, [-0.5] * 2**12)[len(prompt) - 1]
+        values = {t: LIKELIEST_VALUE if t == LIKELIEST else value for t in allowed or [LIKELIEST]}
+        if self.logprobs_mode.startswith("processed") and allowed:
+            total = math.log(sum(map(math.exp, values.values())))
+            values = {t: v - total for t, v in values.items()}
+        return {f"token_id:{t}": v for t, v in values.items()}
 
     def _prompt_of(self, body: Json, *, text: bool) -> list[int]:
         if text and isinstance(body["prompt"], list):

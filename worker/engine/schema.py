@@ -138,14 +138,21 @@ class CompletionRequest(BaseModel):
     temperature: Literal[0] = 0
     prompt_logprobs: Literal[0] | None = None
     """0: the log-prob of every prompt token itself; the most likely others are not computed."""
+    logprobs: Literal[0] | None = None
+    """Taken, for the service's probe asks for it of every engine; none are given."""
     stream: Literal[False] = False
 
     @model_validator(mode="before")
     @classmethod
     def _no_client(cls, body: Any) -> Any:
         """Token ids are what the gateway asks for on behalf of a client, who may want any of vLLM's fields."""
-        if isinstance(body, dict) and body.get("return_token_ids"):
+        if not isinstance(body, dict):
+            return body
+        if body.get("return_token_ids"):
             raise BadRequestError("The embedded engine does not support text completions; use chat.", param="prompt")
+        for field in body.keys() - cls.model_fields.keys():
+            if body[field] is not None:
+                raise BadRequestError(f"The embedded engine does not support {field} for texts.", param=field)
         return body
 
 
