@@ -46,6 +46,8 @@ class FakeEngine(httpx2.AsyncBaseTransport):
         """Streams break off after so many tokens..."""
         self.break_by = "error"
         """... by an error event, a closed connection ("cut"), [DONE] without an end ("silent") or "garbage"."""
+        self.refusing: Json | None = None
+        """The error with which every stream begins, after a 200."""
         self.failing: int | None = None
         """Status of every generation, asked for and refused before any byte; 0: the connection is reset."""
         self.raw_answer: bytes | None = None
@@ -228,6 +230,10 @@ class FakeEngine(httpx2.AsyncBaseTransport):
         return httpx2.Response(200, json={"choices": [choice]})
 
     async def chunks(self, answer: Answer) -> AsyncIterator[bytes]:
+        if self.refusing is not None:
+            yield _event({"error": self.refusing})
+            yield b"data: [DONE]\n\n"
+            return
         for choice in answer.openings():
             yield _event(choice)
         for at in range(len(answer.pieces)):

@@ -295,7 +295,12 @@ def nested(depth: int) -> Json:
     return made
 
 
-@pytest.mark.parametrize("schema", [nested(40), {"enum": list(range(5000))}, {"a": "\x00"}, {"\ud800": 1}])
+@pytest.mark.parametrize(
+    "schema",
+    [nested(40), {"enum": list(range(5000))}, {"a": "\x00"}, {"\ud800": 1}, {"enum": ["x" * 500] * 201},
+     {"enum": ["x" * 513]}, {"const": "x" * 513}, {"properties": {"x" * 513: {}}},
+     {"type": "array", "minItems": 2**62}, {"items": {"maxLength": 1e300}}, {"minLength": -1}],
+)  # fmt: skip
 def test_schemas_that_would_cost_the_engine_dear_or_cannot_be_sent(helper: Stack, schema: Json) -> None:
     tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
     formatted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
@@ -304,6 +309,26 @@ def test_schemas_that_would_cost_the_engine_dear_or_cannot_be_sent(helper: Stack
             "POST", CHAT, content=json.dumps(body(**fields)), headers={"content-type": "application/json"}
         )
         error_of(answer, 422, "invalid_parameter")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "taken"),
+    [("[" * 5000 + "]" * 5000, False), ('{"a":' * 40 + "1" + "}" * 40, False),
+     ('{"a": [' + "[1]," * 5000 + "1]}", True), ("{" * 5000, True)],
+)  # fmt: skip
+def test_arguments_that_no_engine_could_read_again(helper: Stack, arguments: str, taken: bool) -> None:
+    """What is no JSON is the model's own mistake, and goes on as it is."""
+    call = {"id": "1", "function": {"name": "f", "arguments": arguments}}
+    result = {"role": "tool", "tool_call_id": "1", "content": "x"}
+    answer = helper.alice.post(CHAT, body(messages=[*USER, {"role": "assistant", "tool_calls": [call]}, result]))
+    assert answer.status_code == (200 if taken else 422)
+
+
+def test_what_a_property_is_called_is_no_count(helper: Stack) -> None:
+    schema = {"type": "object", "properties": {"minItems": {"type": "integer"}, "maxLength": {"type": "string"}}}
+    fields: Json = {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}
+    helper.alice.ok("POST", CHAT, body(**fields))
+    assert helper.engine.payloads[-1]["response_format"] == fields["response_format"]
 
 
 @pytest.mark.parametrize(

@@ -268,6 +268,10 @@ def test_vllms_refusals_are_honest_errors(front: Front) -> None:
 
     long = refused(messages=[{"role": "user", "content": "apple " * 2000}])
     assert long["code"] == "context_length_exceeded"
+    for stream in (False, True):
+        grammar = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nonsense"}}}
+        assert "nonsense" in refused(stream=stream, response_format=grammar)["message"], "said within a stream of 200"
+        assert refused(stream=stream, stop_token_ids=[99_999])["param"] == "stop_token_ids"
     assert "thinking_token_budget" in refused(thinking_token_budget=3)["message"], "without --reasoning-config"
     wrong = {"type": "function", "function": {"name": "nothing"}}
     assert "tool" in refused(tools=TOOLS, tool_choice=wrong)["message"]
