@@ -11,6 +11,8 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any, Literal
 
+from service.errors import EngineError
+
 Json = dict[str, Any]
 AT_ONCE = 8
 """Requests of one token that run side by side: others are answered meanwhile."""
@@ -43,7 +45,7 @@ def alternatives(answer: Json) -> Alternatives:
 
 
 async def score(draw: Draw, mode: Literal["raw_logprobs", "processed_logprobs"], ids: list[int]) -> list[float]:
-    """Of every token but the first, given those before it."""
+    """Of every token but the first, given those before it. Raises EngineError for an engine that draws others."""
     of = _raw if mode == "raw_logprobs" else _processed
     values: list[float] = []
     for start in range(1, len(ids), AT_ONCE):
@@ -53,7 +55,7 @@ async def score(draw: Draw, mode: Literal["raw_logprobs", "processed_logprobs"],
 
 
 async def _raw(draw: Draw, prompt: list[int], token: int) -> float:
-    return (await draw(prompt, [token]))[token]
+    return _of(token, await draw(prompt, [token]))
 
 
 async def _processed(draw: Draw, prompt: list[int], token: int) -> float:
@@ -63,4 +65,10 @@ async def _processed(draw: Draw, prompt: list[int], token: int) -> float:
         return free[token]
     likeliest = max(free, key=lambda t: free[t])
     pair = await draw(prompt, [token, likeliest])
-    return free[likeliest] + pair[token] - pair[likeliest]
+    return free[likeliest] + _of(token, pair) - _of(likeliest, pair)
+
+
+def _of(token: int, drawn: Alternatives) -> float:
+    if token not in drawn:
+        raise EngineError("The engine drew a token that was not allowed.")
+    return drawn[token]
