@@ -37,8 +37,8 @@ ROOT = Path(__file__).parents[1]
 MODEL, MODEL_DIR, ADAPTER = "perennial-demo", ROOT / "demo" / "model", "bench"
 REPORT = ROOT / "build" / "reports" / "gateway.json"
 AIM = {"ttft_overhead_ms_p50": 4.0, "chunks_per_s": 7000}
-PACED, FLOOD = Load(3, 60, 10), Load(3, 600, 0)
-REAL_PACED, REAL_FLOOD = Load(6, 16, 0), Load(1, 128, 0)
+PACED, FLOOD = Load(3, 60, 10, 30), Load(3, 600, 0)
+REAL_PACED, REAL_FLOOD = Load(6, 16, 0, 30), Load(1, 128, 0)
 Json = dict[str, Any]
 
 

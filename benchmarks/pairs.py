@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from benchmarks.sse_client import Streamed, Streamer
@@ -32,6 +33,12 @@ class Load:
     tokens: int
     pause_ms: int
     """Between two tokens, of the synthetic engine; a real one keeps its own pace."""
+    think_ms: int = 0
+    """Clients wait for up to so long, at random, before each request. An engine works in steps and ends answers with
+    them: who asks again at once asks at the same point of a step each time, another one through the gateway."""
+
+    async def thought(self, random: Random) -> None:
+        await asyncio.sleep(random.uniform(0, self.think_ms) / 1000)
 
 
 @dataclass(frozen=True)
@@ -105,15 +112,19 @@ async def asked(side: Side, streams: int, load: Load) -> tuple[list[Streamed], f
     """All answers of `streams` clients at once, and the seconds that it took."""
     clients = [await Streamer.connected(side.url, side.key) for _ in range(streams)]
 
-    async def one(client: Streamer, wait: float) -> list[Streamed]:
-        await asyncio.sleep(wait)  # clients do not start in step
-        return [await client.ask(body(side, load)) for _ in range(load.requests)]
+    async def one(client: Streamer, number: int) -> list[Streamed]:
+        random, done = Random(number), list[Streamed]()  # noqa: S311 - no secret
+        await asyncio.sleep(number * spread)  # clients do not start in step
+        for _ in range(load.requests):
+            await load.thought(random)
+            done.append(await client.ask(body(side, load)))
+        return done
 
     try:
         await asyncio.gather(*(client.ask(body(side, load, max_tokens=1)) for client in clients))
         spread = load.pause_ms * load.tokens / 1000 / streams
         started = time.perf_counter()
-        done = await asyncio.gather(*(one(c, i * spread) for i, c in enumerate(clients)))
+        done = await asyncio.gather(*(one(c, i) for i, c in enumerate(clients)))
         return [s for each in done for s in each], time.perf_counter() - started
     finally:
         for client in clients:
@@ -138,7 +149,9 @@ async def mixed_ms(pair: Pair, streams: int, load: Load) -> float:
 
     async def one(number: int) -> None:
         await asyncio.sleep(load.pause_ms * load.tokens / 1000 * number / streams)
+        random = Random(number)  # noqa: S311
         for turn in range(2 * load.requests):
+            await load.thought(random)
             which = (number + turn) % 2
             firsts[which].append((await clients[number][which].ask(body(sides[which], load))).first)
 
