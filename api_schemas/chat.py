@@ -85,7 +85,9 @@ class ChatRequest(Sampling):
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high"] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    include_reasoning: bool = True
+    """False: reasoning is kept, and not shown."""
 
     @model_validator(mode="after")
     def _coherent(self) -> ChatRequest:
@@ -97,7 +99,16 @@ class ChatRequest(Sampling):
             raise ValueError("give max_tokens or max_completion_tokens, not both")
         if self.tool_choice not in (None, "none") and not self.tools:
             raise ValueError("tool_choice needs tools")
+        if not self.include_reasoning and (self.logprobs or self.return_token_ids):
+            raise ValueError("log-probs and token ids would show the reasoning that include_reasoning: false hides")
+        if self.allowed_token_ids is not None and self._has_grammar:
+            raise ValueError("allowed_token_ids cannot be met together with response_format or a call that is forced")
         return self
+
+    @property
+    def _has_grammar(self) -> bool:
+        formatted = self.response_format is not None and self.response_format.constrains
+        return formatted or self.tool_choice not in (None, "none", "auto")
 
     @property
     def output_limit(self) -> int | None:

@@ -70,10 +70,10 @@ async def engines(url: str, made: list[Version], prompts: list[list[int]]) -> Sc
     found: Scores = {}
     async with EngineClient(url) as engine:
         for i, ids in enumerate(prompts):
-            found[MODEL, i] = await engine.score(MODEL, ids)
+            found[MODEL, i] = await engine.score_prompt(MODEL, ids)
         for version in made:
             await engine.load(version.name, str(version.path))
-            found |= {(version.name, i): await engine.score(version.name, ids) for i, ids in enumerate(prompts)}
+            found |= {(version.name, i): await engine.score_prompt(version.name, ids) for i, ids in enumerate(prompts)}
             await engine.unload(version.name)
     return found
 

@@ -5,6 +5,8 @@ The service runs as in production, with its database and with every token id and
 ask for an adapter by name. The engine is synthetic and never the bottleneck; a real vLLM is measured besides.
 
 * Time to first token: streams at a real engine's pace (10 ms between tokens), one request after the other per client.
+  By itself; from the engine that is asked for the same as the gateway asks for; through the gateway; and with each
+  stream asking the last two by turns, which tells the gateway's part from the engine's.
 * Chunks per second: answers as fast as they can be passed on.
 """
 
@@ -35,8 +37,8 @@ ROOT = Path(__file__).parents[1]
 MODEL, MODEL_DIR, ADAPTER = "perennial-demo", ROOT / "demo" / "model", "bench"
 REPORT = ROOT / "build" / "reports" / "gateway.json"
 AIM = {"ttft_overhead_ms_p50": 4.0, "chunks_per_s": 7000}
-PACED, FLOOD = Load(3, 60, 10), Load(3, 600, 0)
-REAL_PACED, REAL_FLOOD = Load(6, 16, 0), Load(1, 128, 0)
+PACED, FLOOD = Load(3, 60, 10, 30), Load(3, 600, 0)
+REAL_PACED, REAL_FLOOD = Load(6, 16, 0, 30), Load(1, 128, 0)
 Json = dict[str, Any]
 
 
@@ -137,7 +139,7 @@ def table(title: str, figures: Json) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Overhead of the gateway against the engine asked directly.")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--seconds", type=float, default=20.0, help="no round is begun after so long, per table column")
     parser.add_argument("--vllm", metavar="URL|start", help="a vLLM that serves the demonstration model, or our own")
     options = parser.parse_args()

@@ -37,6 +37,8 @@ class Ask:
     show_logprobs: bool
     show_token_ids: bool
     show_usage: bool
+    show_running_usage: bool
+    show_reasoning: bool
     id_prefix: str
     user: str | None
 
@@ -76,6 +78,7 @@ def chat_ask(request: ChatRequest, defaults: Mapping[str, Any]) -> Ask:
         tools=tools if request.tool_choice != "none" else None,
         sampling=_sampling(request, defaults, request.output_limit) | _thinking(request),
         show_logprobs=request.logprobs,
+        show_reasoning=request.include_reasoning,
         payload=payload,
         **_shown(request),
     )
@@ -84,6 +87,10 @@ def chat_ask(request: ChatRequest, defaults: Mapping[str, Any]) -> Ask:
 def text_ask(request: CompletionRequest, defaults: Mapping[str, Any]) -> Ask:
     payload: Json = {"prompt": request.prompt} | _common(request, defaults, request.max_tokens)
     payload["logprobs"] = request.logprobs or 0
+    if request.add_special_tokens is not None:
+        payload["add_special_tokens"] = request.add_special_tokens
+    if request.response_format is not None:
+        payload["response_format"] = request.response_format.plain()
     return Ask(
         kind="text",
         id_prefix="cmpl-",
@@ -91,6 +98,7 @@ def text_ask(request: CompletionRequest, defaults: Mapping[str, Any]) -> Ask:
         tools=None,
         sampling=_sampling(request, defaults, request.max_tokens),
         show_logprobs=request.logprobs is not None,
+        show_reasoning=True,
         payload=payload,
         **_shown(request),
     )
@@ -119,12 +127,16 @@ def _common(request: Sampling, defaults: Mapping[str, Any], output_limit: int | 
     if (request.min_tokens or 0) > (output_limit or request.min_tokens or 0):
         raise Unprocessable("'min_tokens': is more than max_tokens.", code="invalid_parameter", param="min_tokens")
     if request.stream:
-        payload |= {"stream": True, "stream_options": {"include_usage": True}}
+        running = {"continuous_usage_stats": True} if request.wants_running_usage else {}
+        payload |= {"stream": True, "stream_options": {"include_usage": True} | running}
     return payload
 
 
 def _given(request: Sampling) -> Json:
-    return {k: v for k in SAMPLING_FIELDS if (v := getattr(request, k)) is not None}
+    given = {k: v for k in SAMPLING_FIELDS if (v := getattr(request, k)) is not None}
+    if request.repetition_detection is not None:
+        given["repetition_detection"] = request.repetition_detection.model_dump()
+    return given
 
 
 def _sampling(request: Sampling, defaults: Mapping[str, Any], output_limit: int | None) -> Json:
@@ -144,5 +156,6 @@ def _shown(request: Sampling) -> Json:
         "store": request.store,
         "show_token_ids": request.return_token_ids,
         "show_usage": request.wants_usage,
+        "show_running_usage": request.wants_running_usage,
         "user": request.person,
     }

@@ -14,7 +14,8 @@ from service.asks import Ask
 from service.errors import EngineError
 
 Json = dict[str, Any]
-MESSAGE_FIELDS = ("role", "content", "reasoning", "reasoning_content", "tool_calls", "refusal")
+SPOKEN_FIELDS = ("role", "content", "tool_calls", "refusal")
+MESSAGE_FIELDS = (*SPOKEN_FIELDS, "reasoning", "reasoning_content")
 
 
 @dataclass
@@ -94,6 +95,7 @@ class Capture:
         self.choices = [Choice() for _ in range(ask.choices)]
         self._plain = not (ask.show_logprobs or ask.show_token_ids)
         self._open = ask.choices
+        self._fields = MESSAGE_FIELDS if ask.show_reasoning else SPOKEN_FIELDS
 
     @property
     def finished(self) -> bool:
@@ -118,7 +120,7 @@ class Capture:
         else:
             message = choice["message"]
             known.take_message(message)
-            shown["message"] = {k: v for k in MESSAGE_FIELDS if (v := message.get(k)) is not None and v != []}
+            shown["message"] = {k: v for k in self._fields if (v := message.get(k)) is not None and v != []}
             shown["message"].setdefault("content", None if known.tool_calls else "")
         return shown | self._details(choice)
 
@@ -140,6 +142,8 @@ class Capture:
             if view is not None:
                 shown.append(view)
         out = {"choices": shown} | self._prompt(event)
+        if self._ask.show_running_usage and event.get("usage") is not None:
+            out["usage"] = event["usage"]
         if not event["choices"] and event.get("usage") is not None:
             return (out | {"usage": event["usage"]} if self._ask.show_usage else None), True
         return (out if shown else None), ends
@@ -147,7 +151,7 @@ class Capture:
     def _delta_view(self, known: Choice, choice: Json) -> Json | None:
         delta = choice["delta"]
         known.take_message(delta)
-        piece = {k: v for k in MESSAGE_FIELDS if (v := delta.get(k)) is not None}
+        piece = {k: v for k in self._fields if (v := delta.get(k)) is not None}
         if not piece and self._plain and not known.ended():
             return None  # a token that a parser keeps to itself
         return {"index": choice["index"], "delta": piece} | self._details(choice)

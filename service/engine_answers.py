@@ -51,7 +51,7 @@ async def events(response: httpx2.Response) -> AsyncIterator[list[Json]]:
 
     To the very end of the body, which comes right behind [DONE]: only then is the connection used again.
     """
-    done = False
+    done = begun = False
     try:
         async for block in data_blocks(response.aiter_raw()):
             found: list[Json] = []
@@ -63,14 +63,22 @@ async def events(response: httpx2.Response) -> AsyncIterator[list[Json]]:
                 if event.get("error") is not None:
                     if found:
                         yield found
-                    raise EngineFailed("The engine broke off this answer; try again.")
+                    raise _broken_off(event["error"], begun)
                 found.append(with_choices(event))
+                begun = True
             if found:
                 yield found
     except ValueError as error:
         raise EngineError("The engine's answer cannot be read.") from error
     if not done:
         raise EngineFailed("The engine's answer ended early; try again.")
+
+
+def _broken_off(about: Any, begun: bool) -> Unprocessable | EngineFailed:
+    """vLLM looks at much of a streamed request only after it has said 200: its first event is the refusal then."""
+    if not begun and isinstance(about, dict) and about.get("code") in (400, 422):
+        return _unfit(str(about.get("message"))[:500], str(about.get("param") or ""))
+    return EngineFailed("The engine broke off this answer; try again.")
 
 
 def json_of(response: httpx2.Response) -> Json:
@@ -107,12 +115,16 @@ def refuse(response: httpx2.Response) -> NoReturn:
     if status == 404:
         raise ModelNotLoaded("The engine does not serve this model at present; try again.", retry_after=2)
     if status in (400, 422):
-        raise Unprocessable(message, code=_refusal_code(message), param=detail(response, "param")[:128] or None)
+        raise _unfit(message, detail(response, "param"))
     if status == 429:
         raise EngineFull("The engine is busy; try again.", retry_after=1)
     if status == 503:
         raise EngineBusy("The engine is busy; try again.", retry_after=1)
     raise EngineFailed("The engine failed on this request; try again.")
+
+
+def _unfit(message: str, param: str) -> Unprocessable:
+    return Unprocessable(message, code=_refusal_code(message), param=param[:128] or None)
 
 
 def _refusal_code(message: str) -> str:

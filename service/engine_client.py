@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, cast, get_args
 
 import httpx2
 
 from service.engine_answers import EngineAway, LoadRefused, detail, events, json_of, refuse, with_choices
+from service.engine_scores import Alternatives, alternatives, draw_payload, score
 from service.engine_transport import EngineTransport
 from service.errors import EngineError, PerennialError, Unavailable, Unprocessable
 from service.logprobs_mode import Mode, judged, probe_payload, top_values
@@ -25,6 +27,10 @@ PROBE_TIMEOUT = 15.0
 GENERATING = ("/v1/chat/completions", "/v1/completions")
 """What clients wait for: these requests go to the transport as they are. Cookies, redirects and the joining of URLs, of
 which an engine needs nothing, take httpx2's client 0.6 ms of computing per request."""
+
+
+class _NotByThisEngine(Exception):
+    """It says so itself: the embedded one draws nothing for a text, and scores prompts beside any other request."""
 
 
 class EngineClient:
@@ -159,7 +165,14 @@ class EngineClient:
         return count
 
     async def score(self, model: str, token_ids: list[int]) -> list[float]:
-        """Raw log-prob of every token but the first, given those before it."""
+        """Raw log-prob of every token but the first, given those before it. Safe while the engine answers others."""
+        if (mode := await self.logprobs_mode(model)) in ("raw_logprobs", "processed_logprobs"):
+            with suppress(_NotByThisEngine):
+                return await score(partial(self._draw, model), mode, token_ids)
+        return await self.score_prompt(model, token_ids)
+
+    async def score_prompt(self, model: str, token_ids: list[int]) -> list[float]:
+        """The same in one request: only of an engine that answers nobody else (`service.engine_scores` says why)."""
         payload = {"model": model, "prompt": token_ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
         answer = await self._call("POST", "/v1/completions", json=payload, timeout=CONTROL_TIMEOUT)
         choice = json_of(answer)["choices"][0]
@@ -168,6 +181,16 @@ class EngineClient:
             return [float(row[str(t)]["logprob"]) for t, row in zip(token_ids[1:], rows, strict=True)]
         except (KeyError, TypeError, ValueError) as error:
             raise EngineError("The engine's log-probs of a prompt cannot be read.") from error
+
+    async def _draw(self, model: str, prompt: list[int], allowed: list[int] | None) -> Alternatives:
+        payload = draw_payload(model, prompt, allowed)
+        answer = await self._call("POST", "/v1/completions", json=payload, timeout=CONTROL_TIMEOUT)
+        try:
+            return alternatives(json_of(answer))
+        except Unprocessable as error:
+            raise (_NotByThisEngine() if error.code == "unsupported_by_engine" else error) from error
+        except (LookupError, TypeError, ValueError) as error:
+            raise EngineError("The engine's log-probs of a token cannot be read.") from error
 
     async def probe(self, model: str) -> None:
         """One generated token: the only proof that an engine lives. Raises EngineError when it gives none."""

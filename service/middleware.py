@@ -34,7 +34,12 @@ class RequestIds:
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message)["x-request-id"] = request_id
-            await send(message)
+            try:
+                await send(message)
+            except RuntimeError as error:
+                # Reset by the client a moment ago, of which uvicorn, which drops what nobody reads, is told next.
+                if "the handler is closed" not in str(error):
+                    raise
 
         await self._app(scope, receive, named)
 

@@ -33,6 +33,8 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "logit_bias": ({},),
     "min_tokens": (0,),
     "bad_words": ([],),
+    "allowed_token_ids": (None,),
+    "thinking_token_budget": (None, -1),
 }
 """Values that leave the model's own distribution as it is. What is not in a request's sampling is neutral."""
 

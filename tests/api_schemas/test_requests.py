@@ -89,7 +89,7 @@ def test_items_that_name_no_one_answer(item: dict[str, Any]) -> None:
         {"temperature": 2.1},
         {"temperature": float("nan")},
         {"top_p": 0.0},
-        {"seed": -1},
+        {"seed": -(2**63) - 1},
         {"stop": []},
         {"stop": [""]},
         {"stop": ["a"] * 5},

@@ -149,6 +149,16 @@ def test_content_parts_are_joined_by_line_breaks(client: TestClient) -> None:
     assert split["prompt_token_ids"] == plain["prompt_token_ids"]
 
 
+def test_each_chunk_has_the_counts_so_far_where_they_are_asked_for(client: TestClient, read_stream: Any) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = read_stream(chat(client, stream=True, stream_options=options).text)
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert (counts[0], counts[-1]) == (0, 12)
+    assert counts == sorted(counts)
+    chunks = read_stream(chat(client, stream=True, stream_options={"continuous_usage_stats": True}).text)
+    assert not any("usage" in chunk for chunk in chunks)
+
+
 def test_sampling_defaults_come_from_the_model(
     start_engine: Callable[..., Engine], model_dir: Path, tmp_path: Path
 ) -> None:
@@ -175,6 +185,11 @@ def test_sampling_defaults_come_from_the_model(
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"chat_template": "{{ 1 }}"}, "chat_template"),
         ({"logit_bias": {"5": 100}}, "logit_bias"),
+        ({"allowed_token_ids": [5]}, "allowed_token_ids"),
+        ({"thinking_token_budget": 0}, "thinking_token_budget"),
+        ({"repetition_detection": {"max_pattern_size": 2, "min_count": 2}}, "repetition_detection"),
+        ({"stream_interval": 2}, "stream_interval"),
+        ({"include_reasoning": False}, "include_reasoning"),
         ({"prompt_logprobs": 0}, "prompt_logprobs"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": "many"}, "max_tokens"),

@@ -24,6 +24,13 @@ def values(choice: dict[str, Any], ids: list[int]) -> torch.Tensor:
     return torch.tensor([row[str(token)]["logprob"] for token, row in zip(ids[1:], rest, strict=True)])
 
 
+def test_a_clients_text_completion_is_refused_by_name(client: TestClient) -> None:
+    body = {"model": "base", "prompt": "a", "temperature": 0, "return_token_ids": True, "stop": "x"}
+    answer = client.post("/v1/completions", json=body)
+    assert answer.status_code == 400
+    assert "does not support text completions" in answer.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("adapted", [False, True])
 def test_a_texts_log_probs_are_transformers_own(
     client: TestClient, reference: Any, make_adapter: Callable[..., Path], adapted: bool

@@ -2,8 +2,8 @@
 
 It refuses what vLLM refuses: a taken name (400), a missing path (404), missing weights (500), an unknown model (404), a
 prompt beyond the window (400). What its log-probs mean shows only when the same is asked at two temperatures. A
-`cache_salt` that is not alphanumeric kills it, as CVE-2026-105756 did. Its answers name the model that gave them, one
-token per word.
+`cache_salt` that is not alphanumeric kills it, as CVE-2026-105756 did, and so do log-probs of a prompt. Its answers
+name the model that gave them, one token per word.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from typing import Any
 import httpx2
 
 Json = dict[str, Any]
+LIKELIEST, LIKELIEST_VALUE = 99_999, -0.0625
+"""Of every next token of a text."""
 
 
 class FakeEngine(httpx2.AsyncBaseTransport):
@@ -44,6 +46,8 @@ class FakeEngine(httpx2.AsyncBaseTransport):
         """Streams break off after so many tokens..."""
         self.break_by = "error"
         """... by an error event, a closed connection ("cut"), [DONE] without an end ("silent") or "garbage"."""
+        self.refusing: Json | None = None
+        """The error with which every stream begins, after a 200."""
         self.failing: int | None = None
         """Status of every generation, asked for and refused before any byte; 0: the connection is reset."""
         self.raw_answer: bytes | None = None
@@ -187,11 +191,27 @@ class FakeEngine(httpx2.AsyncBaseTransport):
             return _error(404, f"The model `{model}` does not exist.")
         self.probes.append(model)
         choice: Json = {"index": 0, "text": "b", "finish_reason": "length"}
+        if body.get("return_tokens_as_token_ids"):
+            if not self.texts:
+                return _error(400, "The embedded engine does not support allowed_token_ids for texts.")
+            choice["logprobs"] = {"top_logprobs": [self._drawn(model, prompt, body.get("allowed_token_ids"))]}
         if body.get("prompt_logprobs") is not None:
+            if self.texts:
+                self.dead = True
+                return _error(500, "EngineCore encountered an issue.")
             values = self.scores.get(model, [-0.5] * (len(prompt) - 1))
             rows = [{str(t): {"logprob": v, "rank": 1}} for t, v in zip(prompt[1:], values, strict=True)]
             choice["prompt_logprobs"] = [None, *rows]
         return httpx2.Response(200, json={"id": "cmpl-engine", "model": model, "choices": [choice]})
+
+    def _drawn(self, model: str, prompt: list[int], allowed: list[int] | None) -> Json:
+        """The token behind a prompt: `LIKELIEST` where any may be drawn, else the first that is allowed."""
+        value = self.scores.get(model, [-0.5] * 2**12)[len(prompt) - 1]
+        values = {t: LIKELIEST_VALUE if t == LIKELIEST else value for t in allowed or [LIKELIEST]}
+        if self.logprobs_mode.startswith("processed") and allowed:
+            total = math.log(sum(map(math.exp, values.values())))
+            values = {t: v - total for t, v in values.items()}
+        return {f"token_id:{t}": v for t, v in values.items()}
 
     def _prompt_of(self, body: Json, *, text: bool) -> list[int]:
         if text and isinstance(body["prompt"], list):
@@ -210,6 +230,10 @@ class FakeEngine(httpx2.AsyncBaseTransport):
         return httpx2.Response(200, json={"choices": [choice]})
 
     async def chunks(self, answer: Answer) -> AsyncIterator[bytes]:
+        if self.refusing is not None:
+            yield _event({"error": self.refusing})
+            yield b"data: [DONE]\n\n"
+            return
         for choice in answer.openings():
             yield _event(choice)
         for at in range(len(answer.pieces)):
@@ -221,7 +245,7 @@ class FakeEngine(httpx2.AsyncBaseTransport):
                 await self.held.wait()
             for index in range(answer.n):
                 yield _event(answer.chunk(at, index))
-        if (answer.body.get("stream_options") or {}).get("include_usage"):
+        if answer.streamed("include_usage"):
             yield _event(answer.head | {"choices": [], "usage": answer.usage()})
         yield b"data: [DONE]\n\n"
 
@@ -268,7 +292,11 @@ class Answer:
             choice |= {"text": self.pieces[at].get("content", "")} | (self._prompt() if at == 0 else {})
         else:
             choice["delta"] = self.pieces[at]
-        return self.head | {"choices": [choice]}
+        counts = {"usage": self.usage(at + 1)} if self.streamed("continuous_usage_stats") else {}
+        return self.head | {"choices": [choice]} | counts
+
+    def streamed(self, option: str) -> bool:
+        return bool((self.body.get("stream_options") or {}).get(option))
 
     def _choice(self, tokens: range, index: int) -> Json:
         last = tokens.stop == len(self.pieces)
@@ -288,8 +316,9 @@ class Answer:
     def _prompt(self) -> Json:
         return {"prompt_token_ids": self.prompt} if self.ids else {}
 
-    def usage(self) -> Json:
-        prompt, made = len(self.prompt), self.n * len(self.pieces)
+    def usage(self, pieces: int | None = None) -> Json:
+        """Of the whole answer, or after so many pieces of one choice."""
+        prompt, made = len(self.prompt), self.n * len(self.pieces) if pieces is None else pieces
         return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
 
 

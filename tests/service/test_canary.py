@@ -12,6 +12,7 @@ from service.serving.canary import disagreement
 from service.serving.names import served_name
 from service.settings import Settings
 from tests.service import peft_files
+from tests.service.fake_engine import LIKELIEST, LIKELIEST_VALUE
 from tests.service.fleet import FakeFleet
 from tests.service.harness import Stack, error_of
 
@@ -49,7 +50,39 @@ def test_an_engine_that_agrees_serves(helper: Stack) -> None:
     job = commit(helper)
     helper.converge()
     assert helper.alice.job(job)["published"] is True
-    assert helper.engine.probes.count(name(helper)) == 1, "asked once per load"
+    assert helper.engine.probes.count(name(helper)) == len(NEW), "each token once per load"
+
+
+@pytest.mark.parametrize(("measured", "published"), [(off(4e-5), True), (off(2e-4), False)])
+def test_an_engine_of_processed_values_is_held_to_the_same(
+    helper: Stack, measured: list[float], published: bool
+) -> None:
+    """There a token that alone may be drawn has the log-prob 0."""
+    helper.engine.logprobs_mode = "processed_logprobs"
+    helper.engine.scores[name(helper)] = measured
+    job = commit(helper)
+    helper.converge()
+    assert helper.alice.job(job)["published"] is published
+
+
+def test_an_engine_that_draws_nothing_for_texts_scores_the_prompt(helper: Stack) -> None:
+    """The embedded one; vLLM's would end of it."""
+    helper.engine.texts = False
+    helper.engine.scores[name(helper)] = off(4e-5)
+    job = commit(helper)
+    helper.converge()
+    assert helper.alice.job(job)["published"] is True
+    assert not helper.engine.dead
+
+
+@pytest.mark.parametrize("mode", ["raw_logprobs", "processed_logprobs"])
+def test_the_likeliest_token_has_its_own_value(helper: Stack, mode: str) -> None:
+    helper.engine.logprobs_mode = mode
+    record = {"token_ids": [5, LIKELIEST, 7, 8], "logprobs": [LIKELIEST_VALUE, *NEW[1:]]}
+    helper.engine.scores[name(helper)] = NEW
+    job = commit(helper, **record)
+    helper.converge()
+    assert helper.alice.job(job)["published"] is True
 
 
 @pytest.mark.parametrize("measured", [off(2e-4), PARENT, [-0.5] * 3, off(1e300)], ids=["off", "parent", "other", "far"])

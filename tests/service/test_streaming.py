@@ -83,6 +83,19 @@ def test_a_broken_stream_ends_with_an_error_and_is_not_kept(learnt: Stack, by: s
     assert "CUDA" not in answer.text
 
 
+@pytest.mark.parametrize(
+    ("code", "status", "named"),
+    [(400, 422, "invalid_request"), (422, 422, "invalid_request"), (500, 502, "engine_error")],
+)
+def test_a_refusal_that_comes_as_the_streams_first_event_is_an_http_error(
+    learnt: Stack, code: int, status: int, named: str
+) -> None:
+    """So vLLM refuses a grammar, or a token that it does not have."""
+    learnt.engine.refusing = {"message": "Grammar error: no", "type": "x", "param": "stop_token_ids", "code": code}
+    error = error_of(learnt.alice.post("/v1/chat/completions", BODY), status, named)
+    assert (error["message"] == "Grammar error: no", error["param"] == "stop_token_ids") == (status == 422,) * 2
+
+
 def test_what_fails_before_the_first_token_is_an_http_error(learnt: Stack) -> None:
     post = learnt.alice.post
     error_of(post("/v1/chat/completions", BODY | {"model": "nobody"}), 404, "model_not_found")

@@ -48,6 +48,14 @@ CHATS: dict[str, Json] = {
         "repetition_penalty": 1.2, "logit_bias": {"16": 3}, "min_tokens": 8, "ignore_eos": True, "max_tokens": 12,
         "skip_special_tokens": False, "spaces_between_special_tokens": False, "bad_words": ["hot", "Zür"],
     },
+    "confined": {
+        "messages": TALK[:2], "temperature": 1.0, "seed": -11, "allowed_token_ids": list(range(3, 1003)),
+        "ignore_eos": True, "max_tokens": 12, "stream_interval": 5, "return_tokens_as_token_ids": True,
+    },
+    "repeating": {
+        "messages": TALK[:2], "temperature": 0, "allowed_token_ids": [67], "max_tokens": 30,
+        "repetition_detection": {"max_pattern_size": 2, "min_count": 4},
+    },
     "three choices": {"messages": TALK[:2], "temperature": 1.0, "seed": 3, "n": 3, "max_tokens": 12},
 }  # fmt: skip
 
@@ -55,6 +63,13 @@ TEXTS: dict[str, Json] = {
     "text": {"prompt": "Zürich 🌧️: capital of", "temperature": 0, "max_tokens": 10},
     "token ids": {"prompt": [1, 1919, 201, 2161], "temperature": 1.0, "seed": 5, "max_tokens": 10, "logprobs": 2},
     "choices": {"prompt": "capital of peru?", "temperature": 1.0, "seed": 5, "n": 2},
+    "formatted": {
+        "prompt": "capital of peru?",
+        "temperature": 0,
+        "max_tokens": 24,
+        "add_special_tokens": False,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["lima", "oslo"]}}},
+    },
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -40,9 +41,12 @@ def make_vllm(tmp_path_factory: pytest.TempPathFactory) -> MakeServer:
     return make
 
 
+THINKING = {"reasoning_start_str": "<|im_start|>assistant", "reasoning_end_str": " done."}
+"""The demonstration model thinks from the beginning of its answer, says this parser, until it has said the second."""
+
 FLAGS = {
     "vllm": ("--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--enable-log-requests"),
-    "second_vllm": ("--logprobs-mode", "processed_logprobs"),
+    "second_vllm": ("--logprobs-mode", "processed_logprobs", "--reasoning-config", json.dumps(THINKING)),
 }
 
 

@@ -75,7 +75,7 @@ class VllmServer:
             *c.flags,
         ]  # fmt: skip
 
-    def _environment(self) -> dict[str, str]:
+    def environment(self) -> dict[str, str]:
         outer = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONWARNINGS")}
         return {
             **outer,
@@ -98,7 +98,7 @@ class VllmServer:
         with self.config.log.open("ab") as log:
             self._process = subprocess.Popen(
                 self._command(),
-                env=self._environment(),
+                env=self.environment(),
                 cwd=self.config.log.parent,  # not the repository: its packages are not vLLM's
                 stdin=subprocess.DEVNULL,
                 stdout=log,

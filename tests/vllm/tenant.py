@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -128,6 +131,26 @@ class Tenant:
         if not answer.error and answer.finish_reason is None:
             answer.error = "ended early"
         return answer
+
+
+@contextmanager
+def streaming(tenant: Tenant, model: str, clients: int = 3) -> Iterator[list[Answer]]:
+    """Clients that stream answers without end meanwhile. All are complete when the block has been left."""
+    answers: list[Answer] = []
+    over = threading.Event()
+
+    def client() -> None:
+        while not over.is_set():
+            answers.append(tenant.ask(model, "capital of peru?", 24))
+
+    with ThreadPoolExecutor(clients) as pool:
+        asking = [pool.submit(client) for _ in range(clients)]
+        try:
+            yield answers
+        finally:
+            over.set()
+        for done in asking:
+            done.result()
 
 
 def _events(response: httpx2.Response) -> Iterator[Json]:

@@ -5,6 +5,7 @@ And the canary, end to end: a real worker's record against vLLM's own log-probs.
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import pickle
@@ -13,17 +14,20 @@ import tarfile
 import time
 import zipfile
 from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
-import httpx2
 import numpy as np
 import pytest
 
+from service.engine_client import EngineClient
 from service.local import LocalStack
 from tests.service.peft_files import encode, with_header
+from tests.vllm.front import Front
 from tests.vllm.server import VllmServer
-from tests.vllm.tenant import Answer, Tenant, arrays, config, long_prompt, weights
-from tests.vllm.waits import ours, wait_live, write_figures
+from tests.vllm.tenant import BASE, Answer, Tenant, arrays, config, long_prompt, streaming, weights
+from tests.vllm.waits import ours, records, scored, wait_live, write_figures
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 Serve = Callable[..., tuple[LocalStack, Tenant]]
@@ -106,7 +110,9 @@ def test_the_canary_holds_vllm_to_what_the_trainer_computed(vllm: VllmServer, se
     stack, tenant = serve("worker")
     body = {"name": "h", "lora": {"rank": 8, "alpha": 16}, "training": {"learning_rate": 2e-3}}
     tenant.ok("POST", "/v1/adapters", json=body)
-    job = learn(tenant, "end with: hope that helps!")
+    with streaming(tenant, "h") as meanwhile:
+        job = learn(tenant, "end with: hope that helps!")
+    assert [a.error for a in meanwhile if a.error] == []
     assert job["published"] is True, job
     (record,) = records(stack)
     measured = scored(vllm, ours(vllm, stack)[0], record["token_ids"])
@@ -132,6 +138,32 @@ def test_the_canary_holds_vllm_to_what_the_trainer_computed(vllm: VllmServer, se
     assert ours(vllm, stack) == []
 
 
+def test_tokens_are_scored_while_others_are_answered(
+    vllm: VllmServer, second_vllm: VllmServer, make_front: Callable[[str], Front], tmp_path: Path
+) -> None:
+    """By raw and by processed values; log-probs of a prompt would end the engine meanwhile."""
+    (tmp_path / CONFIG).write_bytes(config())
+    (tmp_path / WEIGHTS).write_bytes(weights(3))
+    for server in (vllm, second_vllm):
+        stack = make_front(server.url).stack
+        with closing(Tenant(stack.url, stack.api_key)) as tenant:
+            alone, beside = asyncio.run(scores(server, tenant, tmp_path))
+        assert beside == pytest.approx(alone, abs=1e-4)
+        assert min(alone) < -3, "unlikely tokens are among them"
+
+
+async def scores(server: VllmServer, tenant: Tenant, adapter: Path) -> tuple[list[float], list[float]]:
+    """Of the same tokens: as the prompt of the only request, and one by one beside those of the tenant's clients."""
+    name, ids = f"scored-{adapter.name}", [1, *range(100, 140)]
+    async with EngineClient(server.url) as engine:
+        await engine.load(name, str(adapter))
+        alone = await engine.score_prompt(name, ids)
+        with streaming(tenant, BASE):
+            beside = await engine.score(name, ids)
+        await engine.unload(name)
+        return alone, beside
+
+
 def learn(tenant: Tenant, remark: str) -> dict[str, Any]:
     asked = tenant.ok(
         "POST",
@@ -147,15 +179,3 @@ def learn(tenant: Tenant, remark: str) -> dict[str, Any]:
             return view
         time.sleep(0.1)
     raise TimeoutError(job)
-
-
-def records(stack: LocalStack) -> list[dict[str, Any]]:
-    with sqlite3.connect(stack.data / "perennial.db") as rows:
-        return [json.loads(canary) for (canary,) in rows.execute("SELECT canary FROM versions ORDER BY n")]
-
-
-def scored(vllm: VllmServer, model: str, ids: list[int]) -> list[float]:
-    body = {"model": model, "prompt": ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
-    answer = httpx2.post(f"{vllm.url}/v1/completions", json=body, timeout=60.0)
-    rows = answer.json()["choices"][0]["prompt_logprobs"][1:]
-    return [row[str(token)]["logprob"] for token, row in zip(ids[1:], rows, strict=True)]

@@ -15,6 +15,7 @@ import pytest
 
 from demo.run import BASE_MODEL
 from tests.vllm.asked import CHATS, PLACES, STRICT_TOOLS, TALK, TEXTS, TOOLS, UNBROKEN, Json
+from tests.vllm.conftest import THINKING
 from tests.vllm.front import Front
 from tests.vllm.server import VllmServer
 
@@ -101,7 +102,8 @@ def joined(chunks: list[Json]) -> Json:
 def test_openais_client_sees_in_a_stream_what_vllm_itself_sends(front: Front, name: str) -> None:
     extra = {
         "top_k", "repetition_penalty", "min_tokens", "ignore_eos", "skip_special_tokens", "bad_words",
-        "spaces_between_special_tokens",
+        "spaces_between_special_tokens", "allowed_token_ids", "stream_interval", "return_tokens_as_token_ids",
+        "repetition_detection",
     }  # fmt: skip
     body = {k: v for k, v in CHATS[name].items() if k not in extra}
     body |= {"logprobs": True, "top_logprobs": 2, "stream": True, "stream_options": {"include_usage": True}}
@@ -140,6 +142,20 @@ def test_openais_client_sees_in_a_whole_answer_what_vllm_itself_sends(front: Fro
         answer.pop("ec_transfer_params", None)
     assert seen["gateway"] == seen["direct"]
     assert values["gateway"] == pytest.approx(values["direct"], abs=2e-5)
+
+
+def test_each_chunk_says_the_counts_so_far(front: Front) -> None:
+    """vLLM's own counts: of the tokens up to this chunk, however they are cut into chunks."""
+    body: Json = {"messages": TALK[:2], "temperature": 0, "max_tokens": 6, "ignore_eos": True, "logprobs": True}
+    body |= {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+    so_far, said = 0, []
+    for chunk in front.streamed("/v1/chat/completions", body):
+        for choice in chunk["choices"]:
+            so_far += len((choice["logprobs"] or {}).get("content") or ())
+        said.append((chunk["usage"]["completion_tokens"], so_far))
+    assert all(count == tokens for count, tokens in said), said
+    assert said[0][0] == 0
+    assert said[-1][0] == 6
 
 
 @dataclass
@@ -252,6 +268,11 @@ def test_vllms_refusals_are_honest_errors(front: Front) -> None:
 
     long = refused(messages=[{"role": "user", "content": "apple " * 2000}])
     assert long["code"] == "context_length_exceeded"
+    for stream in (False, True):
+        grammar = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nonsense"}}}
+        assert "nonsense" in refused(stream=stream, response_format=grammar)["message"], "said within a stream of 200"
+        assert refused(stream=stream, stop_token_ids=[99_999])["param"] == "stop_token_ids"
+    assert "thinking_token_budget" in refused(thinking_token_budget=3)["message"], "without --reasoning-config"
     wrong = {"type": "function", "function": {"name": "nothing"}}
     assert "tool" in refused(tools=TOOLS, tool_choice=wrong)["message"]
 
@@ -266,3 +287,28 @@ def test_a_server_of_processed_log_probs_is_recognised(
     assert row["logprobs_mode"] == "processed_logprobs"
     own = front.own("/v1/chat/completions", body)["choices"][0]
     assert row["logprobs"] == pytest.approx([e["logprob"] for e in own["logprobs"]["content"]], abs=2e-5)
+
+
+def test_reasoning_that_has_used_up_its_budget_is_ended(
+    second_vllm: VllmServer, make_front: Callable[[str], Front]
+) -> None:
+    front = make_front(second_vllm.url)
+    body = {"messages": TALK[:2], "temperature": 0, "max_tokens": 12, "ignore_eos": True}
+    texts = []
+    for budget in (-1, 3):
+        row = front.kept(front.streamed("/v1/chat/completions", body | {"thinking_token_budget": budget})[0]["id"])
+        own = front.own("/v1/chat/completions", body | {"thinking_token_budget": budget})["choices"][0]
+        assert row["response_token_ids"] == own["token_ids"]
+        assert row["sampling"]["thinking_token_budget"] == budget
+        texts.append(row["response"])
+    free, ended = texts
+    assert THINKING["reasoning_end_str"] in ended
+    assert THINKING["reasoning_end_str"] not in free
+
+
+def test_seeds_at_the_ends_of_64_bits_are_vllms_own(front: Front) -> None:
+    for seed, n in ((-(2**63), 1), (2**63 - 3, 3), (-9, 3)):
+        body = {"messages": TALK[:2], "temperature": 1.0, "seed": seed, "n": n, "max_tokens": 8}
+        own = front.own("/v1/chat/completions", body)
+        ours = front.gateway.post("/v1/chat/completions", json={"model": BASE_MODEL} | body).json()
+        assert [c["message"]["content"] for c in ours["choices"]] == [c["message"]["content"] for c in own["choices"]]

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import httpx2
 
 from service.local import LocalStack
 from tests.vllm.server import VllmServer
@@ -44,3 +48,17 @@ def write_figures(name: str, figures: object) -> None:
     path = REPORTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def records(stack: LocalStack) -> list[dict[str, Any]]:
+    """What the trainer recorded for the canary, version by version."""
+    with sqlite3.connect(stack.data / "perennial.db") as rows:
+        return [json.loads(canary) for (canary,) in rows.execute("SELECT canary FROM versions ORDER BY n")]
+
+
+def scored(vllm: VllmServer, model: str, ids: list[int]) -> list[float]:
+    """vLLM's own log-probs of a prompt's tokens after the first."""
+    body = {"model": model, "prompt": ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+    answer = httpx2.post(f"{vllm.url}/v1/completions", json=body, timeout=60.0)
+    rows = answer.json()["choices"][0]["prompt_logprobs"][1:]
+    return [row[str(token)]["logprob"] for token, row in zip(ids[1:], rows, strict=True)]

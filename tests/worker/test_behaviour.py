@@ -12,8 +12,10 @@ PLAIN: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 
 
 
 @pytest.mark.parametrize(
-    "sampling", [{}, PLAIN, PLAIN | {"seed": 3, "stop": ["x"], "max_tokens": 5, "ignore_eos": True, "top_k": -1}]
-)
+    "sampling",
+    [{}, PLAIN, PLAIN | {"seed": -3, "stop": ["x"], "max_tokens": 5, "ignore_eos": True, "top_k": -1},
+     PLAIN | {"thinking_token_budget": -1, "stream_interval": 4, "repetition_detection": {"max_pattern_size": 4}}],
+)  # fmt: skip
 def test_raw_values_are_the_policy_where_nothing_changed_the_distribution(sampling: dict[str, Any]) -> None:
     assert is_policy("raw_logprobs", sampling)
     assert is_policy("processed_logprobs", sampling)
@@ -25,7 +27,7 @@ def test_raw_values_are_the_policy_where_nothing_changed_the_distribution(sampli
     "change",
     [{"temperature": 0.7}, {"top_p": 0.9}, {"top_k": 20}, {"min_p": 0.1}, {"repetition_penalty": 1.1},
      {"frequency_penalty": 0.5}, {"presence_penalty": 0.5}, {"logit_bias": {"1": 5}}, {"min_tokens": 4},
-     {"bad_words": ["no"]}],
+     {"bad_words": ["no"]}, {"allowed_token_ids": [5]}, {"thinking_token_budget": 0}],
 )  # fmt: skip
 def test_what_changes_the_distribution_makes_raw_values_another_policy(change: dict[str, Any]) -> None:
     assert not is_policy("raw_logprobs", PLAIN | change)

@@ -61,6 +61,8 @@ class Answer:
             "model": request.model,
         }
         self._generated = 0
+        said = request.stream_options
+        self._running_usage = said is not None and said.include_usage and said.continuous_usage_stats
 
     def completion(self, steps: Sequence[Step]) -> dict[str, Any]:
         """The whole answer."""
@@ -95,7 +97,8 @@ class Answer:
         return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {**self._head, "object": "chat.completion.chunk", "choices": choices}
+        counts = {"usage": self.usage()} if self._running_usage else {}
+        return {**self._head, "object": "chat.completion.chunk", "choices": choices, **counts}
 
     def _prompt(self) -> dict[str, Any]:
         return {"prompt_token_ids": self._prompt_ids} if self._request.return_token_ids else {}

@@ -23,6 +23,11 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "logit_bias": ({},),
     "bad_words": ([],),
     "allowed_token_ids": (),
+    "thinking_token_budget": (-1,),
+    "repetition_detection": (),
+    "stream_interval": (1,),
+    "include_reasoning": (True,),
+    "logprob_token_ids": ([],),
     "prompt_logprobs": (),
     "echo": (False,),
     "include_stop_str_in_output": (False,),
@@ -73,6 +78,7 @@ class Message(BaseModel):
 
 class StreamOptions(BaseModel):
     include_usage: bool = False
+    continuous_usage_stats: bool = False
 
 
 class ChatRequest(BaseModel):
@@ -132,7 +138,22 @@ class CompletionRequest(BaseModel):
     temperature: Literal[0] = 0
     prompt_logprobs: Literal[0] | None = None
     """0: the log-prob of every prompt token itself; the most likely others are not computed."""
+    logprobs: Literal[0] | None = None
+    """Taken, for the service's probe asks for it of every engine; none are given."""
     stream: Literal[False] = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_client(cls, body: Any) -> Any:
+        """Token ids are what the gateway asks for on behalf of a client, who may want any of vLLM's fields."""
+        if not isinstance(body, dict):
+            return body
+        if body.get("return_token_ids"):
+            raise BadRequestError("The embedded engine does not support text completions; use chat.", param="prompt")
+        for field in body.keys() - cls.model_fields.keys():
+            if body[field] is not None:
+                raise BadRequestError(f"The embedded engine does not support {field} for texts.", param=field)
+        return body
 
 
 class LoadRequest(BaseModel):
