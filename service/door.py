@@ -61,6 +61,7 @@ class FeedbackDoor:
         messages = await _read(receive)
         if (request := _valid(messages)) is None:
             return None, _again(messages, receive)
+        messages.clear()  # they hold the body, which need not wait for the disk as well
         return await kept(self._context, tenant, request, asked.idempotency_key), receive
 
     async def _tenant(self, asked: Asked) -> str | None:
