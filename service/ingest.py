@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 GROUP_ITEMS = 2048
 """Most items of one transaction: it must not keep other writers waiting."""
 HEAVY = 4096
-"""Bytes that count as one item more: a group holds its texts five times over, on their way into the database."""
+"""Bytes that count as one item more: on its way into the database a text is in memory several times over."""
 PATIENCE = 0.002
 """Seconds that a group waits for company when there was some before: what a transaction takes even on a fast disk."""
 Ingest = Gathered[Submission, Accepted | Doubtful]
