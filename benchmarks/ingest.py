@@ -2,10 +2,10 @@
 
 `python -m benchmarks.ingest` (`make check-ingest`) writes build/reports/ingest.json. 10,000 items come from 16 clients;
 a tenth are retries after the answer, a tenth are sent by two clients at once, some are sent again because the client
-hung up before the answer. The service runs as in production but for two routes more, which do nothing
-(`benchmarks.ingest_app`), one of them after the checks that every route makes: they are asked with the same bodies, in
-turn with the feedback, and each round gives one ratio to either. The clients run in a process of their own, on the same
-cores.
+hung up before the answer. The service runs as in production but for some paths more, in the same process, which do
+nothing (`benchmarks.ingest_app`): they are asked with the same bodies, in turn with the feedback, and each round gives
+one ratio to each. The aim is held against `/noop`, a route of the service's own application that a user would write so.
+The clients run in a process of their own, on the same cores; what they compute is in the report.
 
 Beside the rates: the disk's fdatasync in the same directory, since an acknowledged item is on disk.
 """
@@ -32,6 +32,7 @@ import httpx2
 from sqlalchemy import func, select
 
 from benchmarks.gateway import MODEL, ROOT, wait_for
+from benchmarks.ingest_app import ALONE, BARE, CHECKED, NOOP
 from benchmarks.ingest_client import Answered, Sending, load
 from benchmarks.pairs import cpu_seconds
 from service.db.engine import Database
@@ -44,7 +45,10 @@ REPORT = ROOT / "build" / "reports" / "ingest.json"
 AIM = {"ratio": 0.6, "p99_ms": 35.0, "bulk_items_per_s": 4000}
 ADAPTERS = 8
 BULK = 32
-NOOP, CHECKED, FEEDBACK = PATHS = ("/noop", "/noop/checked", "/v1/feedback")
+FEEDBACK = "/v1/feedback"
+NAMES = {NOOP: "noop", CHECKED: "checked_noop", ALONE: "alone_noop", BARE: "bare_noop"}
+"""In the report."""
+PATHS = (*NAMES, FEEDBACK)
 Json = dict[str, Any]
 
 
@@ -145,22 +149,33 @@ class Record:
     rates: dict[str, list[float]]
     """By path, one for each round."""
     cpu_ms: dict[str, list[float]]
+    """Of the service, for one request."""
+    client_cpu_ms: dict[str, list[float]]
 
     def ratio(self, path: str) -> float:
         """Of feedback's rate to that of `path`, the median of the rounds."""
         return statistics.median(a / b for a, b in zip(self.rates[FEEDBACK], self.rates[path], strict=True))
 
+    def of(self, path: str, name: str) -> Json:
+        """The report's figures of a path; `name` stands before each."""
+        return {
+            f"{name}rate_per_s": round(statistics.median(self.rates[path])),
+            f"{name}cpu_ms_per_request": round(statistics.median(self.cpu_ms[path]), 3),
+            f"{name}client_cpu_ms_per_request": round(statistics.median(self.client_cpu_ms[path]), 3),
+        }
+
 
 def measured(service: Service, rounds: Sequence[Sequence[Sequence[Sending]]]) -> Record:
     """Each round to the routes that do nothing, then as feedback."""
-    record = Record([], {p: [] for p in PATHS}, {p: [] for p in PATHS})
+    record = Record([], *({p: [] for p in PATHS} for _ in range(3)))
     pid = service.processes["service"].pid
     for shares in rounds:
         for path in PATHS:
-            before = cpu_seconds(pid)
+            before, own = cpu_seconds(pid), time.process_time()
             answers, seconds = asyncio.run(load(service.url, service.api_key, shares, path))
             record.rates[path].append(len(answers) / seconds)
             record.cpu_ms[path].append((cpu_seconds(pid) - before) / len(answers) * 1000)
+            record.client_cpu_ms[path].append((time.process_time() - own) / len(answers) * 1000)
             if path == FEEDBACK:
                 record.answers += answers
     return record
@@ -243,18 +258,14 @@ def run(data: Path, engine: str, size: Size, settings: Json) -> Json:
         "items": len(sent),
         "distinct": distinct - bulk_items,
         "stored": stored - bulk_items,
-        "rate_per_s": round(statistics.median(record.rates[FEEDBACK])),
-        "noop_rate_per_s": round(statistics.median(record.rates[NOOP])),
-        "checked_noop_rate_per_s": round(statistics.median(record.rates[CHECKED])),
+        **record.of(FEEDBACK, ""),
+        **{k: v for path, name in NAMES.items() for k, v in record.of(path, f"{name}_").items()},
         "ratio": round(record.ratio(NOOP), 3),
-        "ratio_to_checked_noop": round(record.ratio(CHECKED), 3),
+        **{f"ratio_to_{name}": round(record.ratio(path), 3) for path, name in NAMES.items() if path != NOOP},
         "p50_ms": round(statistics.median(taken), 2),
         "p99_ms": round(statistics.quantiles(taken, n=100)[98], 2),
         "bulk_items_per_s": round(bulk_items / seconds),
         "fdatasync_ms_p50": round(sync, 3),
-        "cpu_ms_per_request": round(statistics.median(record.cpu_ms[FEEDBACK]), 3),
-        "noop_cpu_ms_per_request": round(statistics.median(record.cpu_ms[NOOP]), 3),
-        "checked_noop_cpu_ms_per_request": round(statistics.median(record.cpu_ms[CHECKED]), 3),
     }
 
 

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
 from fastapi import FastAPI
+from starlette.types import Receive, Scope, Send
 
 from api_schemas.errors import ErrorResponse
 from service import problems
@@ -17,6 +18,16 @@ from service.routes import adapters, chat, erasure, feedback, health, jobs, mess
 
 PUBLIC_PATHS = frozenset({"/healthz", "/readyz", "/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"})
 """What answers without a key; a test holds every other route to having a guard."""
+
+
+class Application(FastAPI):
+    """What is around every request stands around the framework too: what need not go through it does not."""
+
+    def surround(self, context: Context) -> None:
+        self._outermost = RequestIds(Limits(FeedbackDoor(super().__call__, context), context.settings))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._outermost(scope, receive, send)
 
 
 def create_app(context: Context) -> FastAPI:
@@ -37,7 +48,7 @@ def create_app(context: Context) -> FastAPI:
             await context.serving.close()
             context.database.close()
 
-    app = FastAPI(
+    app = Application(
         title="Perennial",
         version="0.1.0",
         lifespan=lifespan,
@@ -59,8 +70,6 @@ def create_app(context: Context) -> FastAPI:
         health.router,
     ):
         app.include_router(router)
-    app.add_middleware(FeedbackDoor, context=context)
-    app.add_middleware(Limits, settings=context.settings)
-    app.add_middleware(RequestIds)
+    app.surround(context)
     problems.install(app)
     return app

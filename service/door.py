@@ -20,7 +20,7 @@ from api_schemas.feedback import FeedbackRequest
 from service.auth import FEEDBACK_SCOPE, owner_of
 from service.context import Context
 from service.errors import PerennialError
-from service.problems import answer, of_storage
+from service.problems import answer, of_defect, of_storage
 from service.routes.feedback import kept
 
 PATH = "/v1/feedback"
@@ -52,6 +52,8 @@ class FeedbackDoor:
             response = answer(Request(scope), error)
         except OSError as error:
             response = answer(Request(scope), of_storage(error))
+        except Exception as error:
+            response = answer(Request(scope), of_defect(error))
         await (response or self._app)(scope, receive, send)
 
     async def _answered(self, scope: Scope, receive: Receive) -> tuple[Response | None, Receive]:
@@ -61,6 +63,7 @@ class FeedbackDoor:
         messages = await _read(receive)
         if (request := _valid(messages)) is None:
             return None, _again(messages, receive)
+        messages.clear()  # they hold the body, which need not wait for the disk as well
         return await kept(self._context, tenant, request, asked.idempotency_key), receive
 
     async def _tenant(self, asked: Asked) -> str | None:

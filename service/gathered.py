@@ -50,6 +50,7 @@ class Gathered(Generic[T, R]):
         self._working: asyncio.Task[None] | None = None
         self._closed = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self._thread.submit(int)  # started now: where there is none to be had later, what was taken would wait for ever
 
     async def submit(self, member: T, weight: int = 1) -> R:
         """The member's own result. Raises its own error, TooMany when too much waits, Unavailable after `close`."""

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 GROUP_ITEMS = 2048
 """Most items of one transaction: it must not keep other writers waiting."""
+HEAVY = 4096
+"""Bytes that count as one item more: on its way into the database a text is in memory several times over."""
 PATIENCE = 0.002
 """Seconds that a group waits for company when there was some before: what a transaction takes even on a fast disk."""
 Ingest = Gathered[Submission, Accepted | Doubtful]
@@ -44,9 +46,10 @@ async def submit(
     size = await context.engine.window(context.base_model)
     bounds = [window.bound(item) for item in request.items] if size is not None else []  # else the worker checks
     people = [context.keys.pseudonym(tenant_id, item.user) if item.user else None for item in request.items]
-    digest = feedback.body_hash(request, kind)
-    submission = Submission(tenant_id, request, key, digest, bounds, size or 0, people, kind)
-    weight = len(request.items)
+    meaning = feedback.meaning(request, kind)
+    weight = len(request.items) + len(meaning) // HEAVY
+    submission = Submission(tenant_id, request, key, feedback.digest(meaning), bounds, size or 0, people, kind)
+    del meaning  # as large as the body: it need not wait along
     outcome = await context.ingest.submit(submission, weight)
     if isinstance(outcome, Doubtful):
         await window.check(context.engine, context.base_model, submission.window, request, outcome.known)

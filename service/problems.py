@@ -88,6 +88,12 @@ def of_storage(error: OSError) -> PerennialError:
     return Unavailable("Our storage fails or is full; try again later.", code="storage_unavailable", retry_after=30)
 
 
+def of_defect(error: Exception) -> PerennialError:
+    """What nobody foresaw, logged here."""
+    log.error("unforeseen error", exc_info=error)
+    return InternalError(UNFORESEEN)
+
+
 def _printable(name: str) -> str:
     """A field's name as the caller wrote it, cut short, without what JSON in UTF-8 cannot hold (lone surrogates)."""
     return name[:128].encode(errors="replace").decode()
@@ -118,5 +124,4 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def _unforeseen(request: Request, error: Exception) -> JSONResponse:
-        log.exception("unforeseen error", exc_info=error)
-        return answer(request, InternalError(UNFORESEEN))
+        return answer(request, of_defect(error))

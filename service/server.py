@@ -6,7 +6,7 @@ from contextlib import suppress
 from types import FrameType
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from service.context import Context
 
@@ -25,7 +25,7 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def run(app: FastAPI, context: Context) -> None:
+def run(app: ASGIApp, context: Context) -> None:
     """Until SIGTERM or SIGINT; requests that run then have ten seconds to end."""
     settings = context.settings
     config = uvicorn.Config(

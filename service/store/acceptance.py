@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import Dialect, select
+from sqlalchemy import Dialect, FromClause, select
 from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session
 
@@ -21,7 +21,7 @@ import api_schemas.feedback as wire
 from api_schemas.jobs import JobKind
 from api_schemas.training import TrainingSettings
 from service.db.engine import db_now
-from service.db.prepared import Prepared, Statement, given, inserted
+from service.db.prepared import Prepared, Statement, inserted
 from service.db.tables import Base, Tenant
 from service.errors import PerennialError
 from service.store import feedback, queue, replays, rollouts, targets
@@ -78,13 +78,13 @@ def accept(s: Session, group: Sequence[Submission], limits: Limits) -> list[Outc
 _TENANTS = Base.metadata.tables[Tenant.__tablename__].c
 
 
-def _locked_tenants(dialect: Dialect) -> Statement:
+def _locked_tenants(_: Dialect, wanted: FromClause) -> Statement:
     # Weaker than FOR UPDATE: whoever inserts a row that refers to a tenant need not wait.
-    wanted = _TENANTS.id.in_(select(given(dialect, _TENANTS.id).c.id))
-    return select(_TENANTS.id, db_now()).where(wanted).order_by(_TENANTS.id).with_for_update(key_share=True)
+    ours = _TENANTS.id.in_(select(wanted.c.id))
+    return select(_TENANTS.id, db_now()).where(ours).order_by(_TENANTS.id).with_for_update(key_share=True)
 
 
-_LOCKED_TENANTS = Prepared(_locked_tenants)
+_LOCKED_TENANTS = Prepared(_locked_tenants, _TENANTS.id)
 _COLUMNS = {
     "feedback_batches": "id tenant_id adapter_id idempotency_key body_hash training item_count created_at",
     "feedback_items": "id batch_id position rollout_id messages response feedback demonstration standing person",

@@ -25,6 +25,16 @@ _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
 
 def body_hash(request: wire.FeedbackRequest, kind: JobKind = "train") -> str:
     """Of the request's meaning, not of its bytes: order of keys and white space do not count."""
+    return digest(meaning(request, kind))
+
+
+def digest(said: bytes) -> str:
+    """Of a `meaning`."""
+    return hashlib.sha256(said).hexdigest()
+
+
+def meaning(request: wire.FeedbackRequest, kind: JobKind = "train") -> bytes:
+    """JSON in ASCII, all defaults filled in."""
     fields = request.model_dump(mode="json")
     if kind != "train":
         fields["kind"] = kind
@@ -33,7 +43,7 @@ def body_hash(request: wire.FeedbackRequest, kind: JobKind = "train") -> str:
     for item in fields["items"]:
         if item["user"] is None:
             del item["user"]
-    return hashlib.sha256(_CANONICAL.encode(fields).encode()).hexdigest()
+    return _CANONICAL.encode(fields).encode()
 
 
 def check_body(known: str, sent: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+import os
 import time
 
 
@@ -12,4 +12,4 @@ def new_id(prefix: str) -> str:
     The time is there for the database: what is written together lies together, in one page of an index instead of one
     for each row. Nothing may be read from it, and nothing depends on the clock.
     """
-    return f"{prefix}_{int(time.time() * 256):010x}{secrets.token_hex(7)}"
+    return f"{prefix}_{int(time.time() * 256):010x}{os.urandom(7).hex()}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hmac
-import json
 import os
 import re
 import secrets
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import orjson
 from sqlalchemy import bindparam, or_, select
 from sqlalchemy.orm import Session
 
@@ -132,7 +132,7 @@ class KeyRing:
         """As `check`, on the event loop. Raises NotNow."""
         match = _SHAPE.fullmatch(key)
         found = glance.rows(_VALID_SQL, {"id": match[1]}) if match else []
-        return self._owner(key, {row["id"]: row | {"scopes": json.loads(row["scopes"])} for row in found})
+        return self._owner(key, {row["id"]: row | {"scopes": orjson.loads(row["scopes"])} for row in found})
 
     def _owner(self, key: str, rows: Mapping[str, Mapping[str, Any]]) -> Principal | None:
         match = _SHAPE.fullmatch(key)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from sqlalchemy import Dialect, select, tuple_
+from sqlalchemy import Dialect, FromClause, select, tuple_
 from sqlalchemy.engine import Connection
 
 from api_schemas.feedback import FeedbackBatch
-from service.db.prepared import Prepared, Statement, given
+from service.db.prepared import Prepared, Statement
 from service.db.tables import Adapter, Base, Batch, Job
 
 Key = tuple[str, str]
@@ -16,8 +16,7 @@ Key = tuple[str, str]
 _BATCHES, _JOBS, _ADAPTERS = (Base.metadata.tables[t.__tablename__].c for t in (Batch, Job, Adapter))
 
 
-def _same_keys(dialect: Dialect) -> Statement:
-    keys = given(dialect, _BATCHES.tenant_id, _BATCHES.idempotency_key)
+def _same_keys(_: Dialect, keys: FromClause) -> Statement:
     key = tuple_(_BATCHES.tenant_id, _BATCHES.idempotency_key)
     of_batch = (_BATCHES.tenant_id, _BATCHES.idempotency_key, _BATCHES.body_hash)
     of_answer = (_BATCHES.id, _ADAPTERS.name, _JOBS.id, _JOBS.state, _BATCHES.item_count, _JOBS.version_n)
@@ -30,7 +29,7 @@ def _same_keys(dialect: Dialect) -> Statement:
     )
 
 
-_SAME_KEYS = Prepared(_same_keys)
+_SAME_KEYS = Prepared(_same_keys, _BATCHES.tenant_id, _BATCHES.idempotency_key)
 
 
 def known(connection: Connection, keys: Collection[Key]) -> dict[Key, tuple[str, FeedbackBatch]]:

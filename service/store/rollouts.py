@@ -6,13 +6,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Dialect, Integer, func, insert, select
+from sqlalchemy import ColumnElement, Dialect, FromClause, Integer, func, insert, select
 from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session
 
 import api_schemas.feedback as wire
 from service.db.engine import db_now
-from service.db.prepared import Prepared, Statement, given
+from service.db.prepared import Prepared, Statement
 from service.db.tables import Base, Rollout
 from service.errors import NotFound
 
@@ -95,14 +95,14 @@ _ROLLOUTS = Base.metadata.tables[Rollout.__tablename__]
 _INSERT = insert(_ROLLOUTS).values(created_at=db_now())
 
 
-def _known(dialect: Dialect) -> Statement:
+def _known(_: Dialect, wanted: FromClause) -> Statement:
     c = _ROLLOUTS.c
     tokens = _length(c.prompt_token_ids) + _length(c.response_token_ids)
     columns = (c.id, c.tenant_id, c.adapter_id, c.base_model, _length(c.messages) > 0, tokens)
-    return select(*columns).where(c.id.in_(select(given(dialect, c.id).c.id)))
+    return select(*columns).where(c.id.in_(select(wanted.c.id)))
 
 
-_KNOWN = Prepared(_known)
+_KNOWN = Prepared(_known, _ROLLOUTS.c.id)
 
 
 def not_found(rollout_id: str, position: int) -> NotFound:

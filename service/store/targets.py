@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from sqlalchemy import Dialect, Text, cast, select, tuple_
+from sqlalchemy import Dialect, FromClause, Text, cast, select, tuple_
 from sqlalchemy.engine import Connection
 
-from service.db.prepared import Prepared, Statement, given
+from service.db.prepared import Prepared, Statement
 from service.db.tables import Adapter, Base
 
 
@@ -35,25 +35,23 @@ _C = _TABLE.c
 _COUNTED = ("next_seq", "open_jobs", "priority", "waits_since", "events_n")
 
 
-def _named(dialect: Dialect) -> Statement:
-    wanted = given(dialect, _C.tenant_id, _C.name)
+def _named(_: Dialect, wanted: FromClause) -> Statement:
     return select(_C.id).where(
         tuple_(_C.tenant_id, _C.name).in_(select(wanted.c.tenant_id, wanted.c.name)), _C.deleted_at.is_(None)
     )
 
 
-def _locked(dialect: Dialect) -> Statement:
+def _locked(_: Dialect, wanted: FromClause) -> Statement:
     columns = [cast(_C[n], Text) if n == "training" else _C[n] for n in Target.__dataclass_fields__]
-    wanted = _C.id.in_(select(given(dialect, _C.id).c.id))
-    return select(*columns).where(wanted).order_by(_C.id).with_for_update(key_share=True)
+    return select(*columns).where(_C.id.in_(select(wanted.c.id))).order_by(_C.id).with_for_update(key_share=True)
 
 
-def _counted(dialect: Dialect) -> Statement:
-    new = given(dialect, _C.id, *(_C[n] for n in _COUNTED))
+def _counted(_: Dialect, new: FromClause) -> Statement:
     return _TABLE.update().values({n: new.c[n] for n in _COUNTED}).where(_C.id == new.c.id)
 
 
-_NAMED, _LOCKED, _COUNT = Prepared(_named), Prepared(_locked), Prepared(_counted)
+_NAMED, _LOCKED = Prepared(_named, _C.tenant_id, _C.name), Prepared(_locked, _C.id)
+_COUNT = Prepared(_counted, _C.id, *(_C[n] for n in _COUNTED))
 
 
 def locked(connection: Connection, ids: Collection[str], names: Collection[tuple[str, str]]) -> list[Target]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sqlalchemy import Dialect, func, select
+from sqlalchemy import Dialect, FromClause, func, select
 from sqlalchemy.engine import Connection
 
 from service.db.prepared import Prepared, Statement
@@ -22,7 +22,7 @@ class Limits:
     all_jobs: int
 
 
-def _open_jobs(_: Dialect) -> Statement:
+def _open_jobs(_: Dialect, __: FromClause) -> Statement:
     c = Base.metadata.tables[Adapter.__tablename__].c
     return select(c.tenant_id, func.sum(c.open_jobs)).where(c.open_jobs > 0).group_by(c.tenant_id)
 

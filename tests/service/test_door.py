@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import httpx2
 import pytest
@@ -11,6 +13,8 @@ from starlette.testclient import TestClient
 from starlette.types import Receive, Scope, Send
 
 from service.door import FeedbackDoor
+from service.gathered import Gathered
+from service.store.acceptance import Accepted, Doubtful, Submission
 from tests.service.harness import Caller, Stack, batch, error_of
 from tests.service.test_fuzz import places, replaced
 
@@ -112,6 +116,22 @@ def test_what_is_plain_and_right_never_reaches_it(helper: Stack) -> None:
     status, answer = helper.client.portal.call(post)
     assert (status, json.loads(b"".join(answer))["item_count"]) == (202, 1)
     assert helper.count("jobs") == 1
+
+
+def test_a_defect_of_ours_is_a_500_that_says_nothing_of_it(helper: Stack) -> None:
+    def broken(_: Sequence[Submission]) -> list[Accepted | Doubtful | Exception]:
+        raise ZeroDivisionError("of ours")
+
+    async def route(scope: Scope, receive: Receive, send: Send) -> None:
+        raise AssertionError(scope["path"])
+
+    gathered = Gathered("broken", broken, most=1, room=1)
+    client = TestClient(FeedbackDoor(route, replace(helper.context, ingest=gathered)))
+    answer = client.post("/v1/feedback", json=batch("x"), headers={"authorization": f"Bearer {helper.alice.key}"})
+    error_of(answer, 500, "internal_error")
+    assert "of ours" not in answer.text
+    assert helper.count("jobs") == 0
+    asyncio.run(gathered.close())
 
 
 def test_the_key_must_be_allowed_to_send_feedback(helper: Stack) -> None:

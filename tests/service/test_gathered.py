@@ -109,6 +109,20 @@ async def test_whoever_goes_away_leaves_the_others_their_answers() -> None:
     await gathered.close()
 
 
+@pytest.mark.anyio
+async def test_work_is_done_where_no_thread_can_be_started_any_more() -> None:
+    gathered = Gathered("test", Work(), most=100, room=100)
+    usual = threading.stack_size(2**46)  # more than there is
+    try:
+        with pytest.raises(RuntimeError):
+            threading.Thread(target=int).start()
+        async with asyncio.timeout(10):
+            assert await gathered.submit(1) == 2
+    finally:
+        threading.stack_size(usual)
+    await gathered.close()
+
+
 async def alone_then_together(work: Work, gathered: Gathered[int, int]) -> None:
     """A group of one, then one of three."""
     tasks = await held(work, gathered, 1, 2, 3, 4)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from api_schemas.feedback import FeedbackRequest
 from benchmarks import ingest
+from service import ingest as service_ingest
+from service.db.engine import Database
 from service.errors import PerennialError
 from service.store import acceptance, feedback
 from service.store.acceptance import Accepted, Outcome, Submission
@@ -130,6 +134,58 @@ def test_what_breaks_the_transaction_breaks_it_for_itself_alone(helper: Stack) -
     assert [isinstance(r, Accepted) for r in results] == [n != 3 for n in range(8)]
     assert isinstance(results[3], TypeError)
     assert [r["seq"] for r in helper.rows("SELECT seq FROM jobs ORDER BY seq")] == list(range(1, 8))
+
+
+def test_long_texts_do_not_all_go_into_one_transaction(helper: Stack) -> None:
+    """On the way into the database they are in memory several times over."""
+    helper.alice.feedback()  # the window is known from here on
+
+    def transactions(letters: int) -> int:
+        """Of four requests that come together."""
+        told = [{"role": "user", "content": "x" * letters}]
+        items = [{"feedback": "shorter", "messages": told, "response": "y"}] * 15
+        request = FeedbackRequest.model_validate({"adapter": "helper", "items": items})
+        (alice,) = helper.rows("SELECT id FROM tenants WHERE name = 'alice'")
+
+        async def together() -> list[Accepted]:
+            sent = (service_ingest.submit(helper.context, alice["id"], request, None) for _ in range(4))
+            return await asyncio.gather(*sent)
+
+        assert helper.client.portal is not None
+        ids = {accepted.view.id for accepted in helper.client.portal.call(together)}
+        times = helper.rows("SELECT id, created_at FROM feedback_batches")  # one time for each transaction
+        return len({row["created_at"] for row in times if row["id"] in ids})
+
+    assert transactions(10) == 1
+    assert transactions(199_000) == 2  # of 8 MiB at most
+
+
+def test_two_services_take_one_key_once(helper: Stack) -> None:
+    """Each on connections of its own; two bodies under one key, and one that both send."""
+    (alice,) = helper.rows("SELECT id FROM tenants WHERE name = 'alice'")
+    databases = [Database(helper.context.settings.db_url) for _ in range(2)]
+    start = threading.Barrier(4)
+
+    def send(at: int) -> list[Outcome]:
+        outcomes = []
+        for n in range(25):
+            request = FeedbackRequest.model_validate(batch(f"remark {at % 2}"))
+            group = [Submission(alice["id"], request, f"k{n}", feedback.body_hash(request), ())]
+            start.wait(30)
+            with databases[at // 2].write() as s:
+                outcomes += acceptance.accept(s, group, LIMITS)
+        return outcomes
+
+    with ThreadPoolExecutor(4) as pool:
+        columns = list(pool.map(send, range(4)))
+    for database in databases:
+        database.close()
+    for outcomes in zip(*columns, strict=True):
+        taken = [o for o in outcomes if isinstance(o, Accepted)]
+        assert sorted(codes(list(outcomes))) == ["idempotency_key_reused"] * 2 + ["ok"] * 2
+        assert len({o.view.id for o in taken}) == 1
+        assert sorted(o.replayed for o in taken) == [False, True]
+    assert helper.count("jobs") == 25
 
 
 def test_a_small_run_of_the_benchmark_keeps_exactly_what_was_sent(tmp_path: Path, database_url: str | None) -> None:

@@ -6,10 +6,10 @@ import json
 import random
 
 import pytest
-from sqlalchemy import Dialect, select
+from sqlalchemy import Dialect, FromClause, select
 from sqlalchemy.exc import IntegrityError
 
-from service.db.prepared import Prepared, Statement, given, inserted
+from service.db.prepared import Prepared, Statement, inserted
 from service.db.tables import Base, ServiceProcess
 from tests.service.harness import Stack
 
@@ -18,11 +18,11 @@ INSERT = inserted(C.id, C.holds, C.asked, C.until)
 TEXTS = ("plain", "ä\U0001f600\n\t\"'\\", "%s %(rows)s ? :rows", "{}", "null", "1", "\x01\x7f\u2028", "")
 
 
-def _found(dialect: Dialect) -> Statement:
-    return select(C.id, C.until).where(C.id.in_(select(given(dialect, C.id).c.id))).order_by(C.until)
+def _found(_: Dialect, wanted: FromClause) -> Statement:
+    return select(C.id, C.until).where(C.id.in_(select(wanted.c.id))).order_by(C.until)
 
 
-FOUND = Prepared(_found)
+FOUND = Prepared(_found, C.id)
 
 
 def test_any_text_number_and_list_arrives_as_it_was(stack: Stack) -> None:
