@@ -22,7 +22,8 @@ class Wire:
         self.delay = 0.0
         """Seconds that each piece takes, in either direction: half of a round trip."""
         self.cut_after: bytes | None = None
-        """The next piece for the server that holds these bytes is passed on; its answer is not, and all is over."""
+        """The next piece for the server that holds these bytes is passed on. When the server has answered, all is over,
+        and the answer is lost."""
 
     async def serve(self, started: Callable[[Callable[[], object]], None]) -> None:
         """`started` gets what ends it, to be called from any thread. Returns when every connection is closed."""
@@ -41,21 +42,35 @@ class Wire:
         async with client:
             with suppress(OSError):  # PostgreSQL is not there
                 async with await anyio.connect_unix(self._upstream) as server, anyio.create_task_group() as ways:
-                    ways.start_soon(self._pass, client, server, True, ways.cancel_scope)
-                    ways.start_soon(self._pass, server, client, False, ways.cancel_scope)
+                    cut = anyio.Event()
+                    ways.start_soon(self._asks, client, server, cut, ways.cancel_scope)
+                    ways.start_soon(self._answers, server, client, cut, ways.cancel_scope)
 
-    async def _pass(self, source: ByteStream, sink: ByteStream, cuts: bool, both: anyio.CancelScope) -> None:
+    async def _asks(self, client: ByteStream, server: ByteStream, cut: anyio.Event, both: anyio.CancelScope) -> None:
         """One way, to its end, which is the other's as well."""
         with suppress(anyio.EndOfStream, anyio.BrokenResourceError):
             while True:
-                piece = await source.receive()
-                if self.delay:
-                    await anyio.sleep(self.delay)
-                await sink.send(piece)
-                if cuts and self.cut_after is not None and self.cut_after in piece:
+                piece = await self._piece(client)
+                if self.cut_after is not None and self.cut_after in piece:
                     self.cut_after = None
-                    break
+                    cut.set()
+                await server.send(piece)
         both.cancel()
+
+    async def _answers(self, server: ByteStream, client: ByteStream, cut: anyio.Event, both: anyio.CancelScope) -> None:
+        with suppress(anyio.EndOfStream, anyio.BrokenResourceError):
+            while True:
+                piece = await self._piece(server)
+                if cut.is_set():
+                    break
+                await client.send(piece)
+        both.cancel()
+
+    async def _piece(self, source: ByteStream) -> bytes:
+        piece = await source.receive()
+        if self.delay:
+            await anyio.sleep(self.delay)
+        return piece
 
 
 @contextmanager
