@@ -23,18 +23,13 @@ from service.store.targets import Target
 _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
 
 
-def body_hash(request: wire.FeedbackRequest, kind: JobKind = "train") -> str:
-    """Of the request's meaning, not of its bytes: order of keys and white space do not count."""
-    return digest(meaning(request, kind))
-
-
 def digest(said: bytes) -> str:
-    """Of a `meaning`."""
+    """Of a `meaning`: what a retry is recognised by."""
     return hashlib.sha256(said).hexdigest()
 
 
 def meaning(request: wire.FeedbackRequest, kind: JobKind = "train") -> bytes:
-    """JSON in ASCII, all defaults filled in."""
+    """JSON in ASCII, all defaults filled in: order of keys and white space do not count."""
     fields = request.model_dump(mode="json")
     if kind != "train":
         fields["kind"] = kind

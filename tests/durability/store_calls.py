@@ -40,7 +40,7 @@ def submit(
 ) -> tuple[Batch, bool]:
     item = {"messages": [{"role": "user", "content": "name a fruit"}], "response": text, "feedback": "shorter"}
     request = FeedbackRequest.model_validate({"adapter": adapter, "items": [item] * items})
-    sent = Submission(tenant_id, request, key, feedback.body_hash(request), bounds=())
+    sent = Submission(tenant_id, request, key, feedback.digest(feedback.meaning(request)), bounds=())
     (outcome,) = accept(s, [sent], Limits(1000, 1000, 1000))
     if not isinstance(outcome, Accepted):
         raise AssertionError(outcome)

@@ -29,7 +29,7 @@ def accept(stack: Stack, *sent: tuple[str, Json, str | None], limits: Limits = L
     group = []
     for tenant, body, key in sent:
         request = FeedbackRequest.model_validate(body)
-        group.append(Submission(ids[tenant], request, key, feedback.body_hash(request), ()))
+        group.append(Submission(ids[tenant], request, key, feedback.digest(feedback.meaning(request)), ()))
     with stack.context.database.write() as s:
         return acceptance.accept(s, group, limits)
 
@@ -170,7 +170,7 @@ def test_two_services_take_one_key_once(helper: Stack) -> None:
         outcomes = []
         for n in range(25):
             request = FeedbackRequest.model_validate(batch(f"remark {at % 2}"))
-            group = [Submission(alice["id"], request, f"k{n}", feedback.body_hash(request), ())]
+            group = [Submission(alice["id"], request, f"k{n}", feedback.digest(feedback.meaning(request)), ())]
             start.wait(30)
             with databases[at // 2].write() as s:
                 outcomes += acceptance.accept(s, group, LIMITS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -87,10 +87,10 @@ def stack_before(server: VllmServer, data_dir: Path, **settings: str) -> LocalSt
     return LocalStack(LocalConfig(data_dir, MODEL_DIR, BASE_MODEL, port=0, threads=1, settings=environment))
 
 
-@pytest.fixture(scope="module")
-def vllm_running(vllm: VllmServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """Service and worker before the shared server; each test makes adapters of its own."""
-    stack = stack_before(vllm, tmp_path_factory.mktemp("vllm-stack"))
+@contextmanager
+def running_before(server: VllmServer, data_dir: Path, **settings: str) -> Iterator[Running]:
+    """Service and worker in front of this server, ready, for the length of a `with` block."""
+    stack = stack_before(server, data_dir, **settings)
     try:
         stack.start("service", "worker")
         stack.wait_ready()
@@ -98,6 +98,13 @@ def vllm_running(vllm: VllmServer, tmp_path_factory: pytest.TempPathFactory) -> 
             yield Running(stack, client)
     finally:
         stack.stop()
+
+
+@pytest.fixture(scope="module")
+def vllm_running(vllm: VllmServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """Before the shared server; each test makes adapters of its own."""
+    with running_before(vllm, tmp_path_factory.mktemp("vllm-stack")) as running:
+        yield running
 
 
 @pytest.fixture

@@ -7,13 +7,12 @@ from contextlib import closing
 
 import pytest
 
-from demo.client import Client
 from demo.run import score
 from demo.tasks import heldout_tasks
 from service.settings import Settings
 from tests.e2e.conftest import Running
 from tests.vllm import bfloat16
-from tests.vllm.conftest import MakeServer, stack_before
+from tests.vllm.conftest import MakeServer, running_before
 from tests.vllm.server import VllmServer
 from tests.vllm.tenant import Tenant, streaming
 from tests.vllm.waits import ours, records, scored, write_figures
@@ -36,14 +35,8 @@ def server(make_vllm: MakeServer) -> Iterator[VllmServer]:
 
 @pytest.fixture(scope="module")
 def running(server: VllmServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    stack = stack_before(server, tmp_path_factory.mktemp("bfloat16"), PERENNIAL_ENGINE_DTYPE="bfloat16")
-    try:
-        stack.start("service", "worker")
-        stack.wait_ready()
-        with Client(stack.url, stack.api_key) as client:
-            yield Running(stack, client)
-    finally:
-        stack.stop()
+    with running_before(server, tmp_path_factory.mktemp("bfloat16"), PERENNIAL_ENGINE_DTYPE="bfloat16") as made:
+        yield made
 
 
 def complying(running: Running) -> float:
