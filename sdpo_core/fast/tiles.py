@@ -7,14 +7,17 @@ lives on the kept tokens alone. For CPUs: on a GPU hundreds of small kernels wou
 
 Exponentials are summed relative to an origin that is known before the first tile: the largest of a few of the row's
 logits. Where another lies so far above it that a sum overflows, everything is done again from the true maximum.
+Logits of tiles are in bits, nats x log2(e): torch's exp2 takes 2.5 times less of a processor than its exp.
 
 Shape legend: N tokens of a block, H hidden width, V vocabulary, K kept tokens, W width of a tile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -26,6 +29,9 @@ TILE_ENTRIES = 1 << 17
 _LEAST_WIDTH = 256
 _FINITE = -1e30
 """Stands for the maximum of logits that are all -inf."""
+_BITS = math.log2(math.e)
+"""Of a nat."""
+ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()
@@ -36,8 +42,8 @@ def head_stats(
     head = _TiledHead(hidden_NH, weight_VH, bias_V)
     wanted_NL = torch.cat([index_NK, ids_N.unsqueeze(-1)], dim=-1)
     picks = _Picks.of(wanted_NL, head)
-    origin_N1 = head.at(wanted_NL[:, :: max(1, index_NK.shape[-1])]).amax(-1, keepdim=True)
-    sums = _summed(head, picks, origin_N1)
+    origin_N = head.at(wanted_NL[:, :: max(1, index_NK.shape[-1])]).amax(-1)
+    sums = _summed(head, picks, origin_N)
     if not sums.finite:
         sums = _summed(head, picks, head.top())
     return sums.stats(index_NK, ids_N)
@@ -45,7 +51,7 @@ def head_stats(
 
 @dataclass(frozen=True)
 class _TiledHead:
-    """The logits `hidden weight' + bias` of N tokens, of which only a tile exists at a time."""
+    """The logits `weight hidden' + bias` of N tokens, of which only a tile exists at a time."""
 
     hidden_NH: Tensor
     weight_VH: Tensor
@@ -60,17 +66,17 @@ class _TiledHead:
     def width(self) -> int:
         return min(len(self.weight_VH), max(_LEAST_WIDTH, TILE_ENTRIES // len(self.hidden_NH)))
 
-    def tiles(self) -> Iterator[Tensor]:
-        """(N, W) of one slice of the vocabulary after the other; each may be overwritten, and is by the next."""
-        tokens = len(self.hidden_NH)
-        memory = self.hidden_NH.new_empty(tokens * self.width)
-        for start in range(0, len(self.weight_VH), self.width):
-            part_WH = self.weight_VH[start : start + self.width]
-            tile_NW = memory[: tokens * len(part_WH)].view(tokens, len(part_WH))
-            torch.mm(self.hidden_NH, part_WH.T, out=tile_NW)
+    def tiles(self, origin_N: Tensor) -> Iterator[Tensor]:
+        """(W, N) of one slice of the vocabulary after the other, in bits above the origin (in nats).
+
+        Each may be overwritten, and is by the next.
+        """
+        tile_of = _products(self.hidden_NH, origin_N, self.width)
+        for start, part_WH in zip(count(0, self.width), torch.split(self.weight_VH, self.width), strict=False):
+            tile_WN = tile_of(part_WH)
             if self.bias_V is not None:
-                tile_NW += self.bias_V[start : start + self.width]
-            yield tile_NW.to(self.dtype)
+                tile_WN += self.bias_V[start : start + self.width, None].to(self.dtype) * _BITS
+            yield tile_WN
 
     def at(self, index_NL: Tensor) -> Tensor:
         """The logits of a few tokens of the vocabulary, (N, L)."""
@@ -78,11 +84,30 @@ class _TiledHead:
         return (logits_NL if self.bias_V is None else logits_NL + self.bias_V[index_NL]).to(self.dtype)
 
     def top(self) -> Tensor:
-        """The largest logit of each row, (N, 1)."""
-        top_N1 = self.hidden_NH.new_full((len(self.hidden_NH), 1), _FINITE, dtype=self.dtype)
-        for tile_NW in self.tiles():
-            top_N1 = torch.maximum(top_N1, tile_NW.amax(-1, keepdim=True))
-        return top_N1
+        """The largest logit of each row, (N,)."""
+        zeros_N = self.hidden_NH.new_zeros(len(self.hidden_NH), dtype=self.dtype)
+        top_N = zeros_N + _FINITE
+        for tile_WN in self.tiles(zeros_N):
+            top_N = torch.maximum(top_N, tile_WN.amax(0) / _BITS)
+        return top_N
+
+
+def _products(hidden_NH: Tensor, origin_N: Tensor, width: int) -> Callable[[Tensor], Tensor]:
+    """Rows of the head, (W, H) with W <= `width`, -> their logits above the origin, in bits, (W, N).
+
+    With oneDNN the hidden states, few, are brought into its own order once, and the head's rows are read as they lie;
+    `torch.mm` brings both into its order for each product, a tenth of its time here.
+    """
+    if hidden_NH.dtype == torch.float32 and hidden_NH.device.type == "cpu" and ONEDNN:
+        packed, below_N = torch.ops.mkldnn._reorder_linear_weight(hidden_NH * _BITS, width), origin_N * -_BITS
+        return lambda part_WH: torch.ops.mkldnn._linear_pointwise(part_WH, packed, below_N, "none", [], "")
+    memory = hidden_NH.new_empty(width, len(hidden_NH))
+
+    def product(part_WH: Tensor) -> Tensor:
+        tile_WN = torch.mm(part_WH, hidden_NH.T, out=memory[: len(part_WH)])
+        return tile_WN.to(origin_N.dtype).sub_(origin_N).mul_(_BITS)
+
+    return product
 
 
 @dataclass(frozen=True)
@@ -93,72 +118,61 @@ class _Picks:
     """(N L,): which of the flattened (N, L) each is."""
     places: Tensor
     """(N L,): where it is in its flattened tile."""
-    bounds: list[int]
-    """Where each tile's begin."""
+    sizes: list[int]
+    """How many are in each tile."""
 
     @classmethod
     def of(cls, index_NL: Tensor, head: _TiledHead) -> _Picks:
         vocabulary, width = len(head.weight_VH), head.width
         columns, order = index_NL.flatten().sort()
-        first = columns // width * width
-        places = order // index_NL.shape[-1] * (vocabulary - first).clamp(max=width) + columns - first
-        edges = torch.arange(0, vocabulary + width, width, device=columns.device)
-        return cls(order, places, torch.searchsorted(columns, edges).tolist())
-
-    def of_tile(self, number: int) -> slice:
-        return slice(self.bounds[number], self.bounds[number + 1])
+        places = columns % width * len(index_NL) + order // index_NL.shape[-1]
+        return cls(order, places, torch.bincount(columns // width, minlength=-(-vocabulary // width)).tolist())
 
 
 @dataclass(frozen=True)
 class _Sums:
-    """Of rows of logits, counted from an origin."""
+    """Of rows of logits, in bits above an origin."""
 
     origin_N: Tensor
     picked_NL: Tensor
     rest_N: Tensor
-    """Sum of e^l over all that was not picked."""
+    """Sum of 2^l over all that was not picked."""
     moment_N: Tensor
-    """Sum of l e^l over all."""
+    """Sum of l 2^l over all."""
 
     @property
     def finite(self) -> bool:
-        return bool((self.rest_N + self.moment_N + self.picked_NL.exp().sum(-1)).isfinite().all())
+        return bool((self.rest_N + self.moment_N + self.picked_NL.exp2().sum(-1)).isfinite().all())
 
     def stats(self, index_NK: Tensor, ids_N: Tensor) -> RowStats:
         """The last of those picked is the response token, a kept one or not."""
         picked_NK, chosen_N = self.picked_NL[:, :-1], self.picked_NL[:, -1]
         apart_N = (index_NK != ids_N.unsqueeze(-1)).all(-1)
-        rest_N = self.rest_N + torch.where(apart_N, chosen_N.exp(), 0.0)
-        whole_N = rest_N + picked_NK.exp().sum(-1)
+        rest_N = self.rest_N + torch.where(apart_N, chosen_N.exp2(), 0.0)
+        whole_N = rest_N + picked_NK.exp2().sum(-1)
         lse_N = whole_N.log()
         return RowStats(
             top_N=self.origin_N,
             lse_N=lse_N,
-            picked_NK=picked_NK.contiguous(),
-            chosen_N=chosen_N.contiguous(),
-            entropy_N=(lse_N - self.moment_N / whole_N).clamp(min=0.0),
+            picked_NK=picked_NK / _BITS,
+            chosen_N=chosen_N / _BITS,
+            entropy_N=(lse_N - self.moment_N / whole_N / _BITS).clamp(min=0.0),
             rest_N=rest_N.log(),
         )
 
 
-def _summed(head: _TiledHead, picks: _Picks, origin_N1: Tensor) -> _Sums:
-    picked, rest_N, moment_N = (origin_N1.new_zeros(n) for n in (len(picks.order), len(origin_N1), len(origin_N1)))
-    memory = origin_N1.new_empty(len(origin_N1) * head.width)
-    for number, tile_NW in enumerate(head.tiles()):
-        mine = picks.of_tile(number)
-        places = picks.places[mine]
-        exp_NW = memory[: tile_NW.numel()].view_as(tile_NW)
-        torch.exp(tile_NW.sub_(origin_N1), out=exp_NW)
-        torch.index_select(tile_NW.view(-1), 0, places, out=picked[mine])
-        moment_N += _dot_(tile_NW, exp_NW)
-        rest_N += exp_NW.view(-1).index_fill_(0, places, 0.0).view_as(exp_NW).sum(-1)
-    picked_NL = torch.empty_like(picked).index_copy_(0, picks.order, picked).view(len(origin_N1), -1)
-    return _Sums(origin_N1.squeeze(-1), picked_NL, rest_N, moment_N)
-
-
-def _dot_(logits_NW: Tensor, exp_NW: Tensor) -> Tensor:
-    """Row by row, overwriting the logits; one of -inf has weight 0 and counts as 0."""
-    dot_N = logits_NW.mul_(exp_NW).sum(-1)
-    if bool(dot_N.sum().isnan()):
-        dot_N = logits_NW.nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf).sum(-1)
-    return dot_N
+def _summed(head: _TiledHead, picks: _Picks, origin_N: Tensor) -> _Sums:
+    tokens = len(origin_N)
+    picked, rest_N, moment_N = (origin_N.new_zeros(size) for size in (len(picks.order), tokens, tokens))
+    memory_WN = origin_N.new_empty(head.width, tokens)
+    of_tiles = (torch.split(values, picks.sizes) for values in (picks.places, picked))
+    for tile_WN, places, mine in zip(head.tiles(origin_N), *of_tiles, strict=True):
+        torch.index_select(tile_WN.view(-1), 0, places, out=mine)
+        exp_WN = torch.exp2(tile_WN, out=memory_WN[: len(tile_WN)])
+        if head.bias_V is not None:
+            tile_WN.clamp_(min=_FINITE)  # a logit of -inf has weight 0 and counts as 0
+        moment_N += tile_WN.mul_(exp_WN).sum(0)
+        exp_WN.view(-1).index_fill_(0, places, 0.0)
+        rest_N += exp_WN.sum(0)
+    picked_NL = torch.empty_like(picked).index_copy_(0, picks.order, picked).view(tokens, -1)
+    return _Sums(origin_N, picked_NL, rest_N, moment_N)

@@ -59,15 +59,25 @@ def test_float32_far_from_the_origin(monkeypatch: pytest.MonkeyPatch, lowest: fl
     """Beyond e^88 sums overflow: then the largest logits are looked for and all is summed once more."""
     made, tiles_of = [], tiles._TiledHead.tiles
 
-    def counted(head: tiles._TiledHead) -> Iterator[Tensor]:
+    def counted(head: tiles._TiledHead, origin_N: Tensor) -> Iterator[Tensor]:
         made.append(head)
-        return tiles_of(head)
+        return tiles_of(head, origin_N)
 
     monkeypatch.setattr(tiles._TiledHead, "tiles", counted)
     hidden_NH, weight_VH, _, _, _ = inputs(5, 80, 7, dtype=torch.float32)
     index_NK, ids_N = torch.arange(7).expand(5, 7), torch.arange(5)  # the origin is one of the lowest
     compare((hidden_NH * 0.1, weight_VH, torch.linspace(lowest, -lowest, 80), index_NK, ids_N), 2e-5)
     assert len(made) == readings
+
+
+@pytest.mark.parametrize("onednn", [tiles.ONEDNN, False])
+def test_both_products(monkeypatch: pytest.MonkeyPatch, onednn: bool) -> None:
+    """Matrices that do not lie row by row as well."""
+    monkeypatch.setattr(tiles, "ONEDNN", onednn)
+    hidden_NH, weight_VH, bias_V, index_NK, ids_N = inputs(7, 77, 5, dtype=torch.float32)
+    compare((hidden_NH, weight_VH, bias_V, index_NK, ids_N), 2e-5)
+    compare((hidden_NH.T.contiguous().T, weight_VH.T.contiguous().T, bias_V, index_NK, ids_N), 2e-5)
+    compare((hidden_NH[:, ::2], weight_VH[:, ::2], bias_V, index_NK, ids_N), 2e-5)
 
 
 def test_forbidden_tokens_and_a_forbidden_tile() -> None:
