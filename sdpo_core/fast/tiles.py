@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import count
 
 import torch
 from torch import Tensor
@@ -28,7 +27,7 @@ TILE_ENTRIES = 1 << 17
 """Logits of a tile: half a megabyte in float32."""
 _LEAST_WIDTH = 256
 _FINITE = -1e30
-"""Stands for the maximum of logits that are all -inf."""
+"""Stands for -inf: as the maximum of logits that are all so, and where a product with probability 0 must be 0."""
 _BITS = math.log2(math.e)
 """Of a nat."""
 ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
@@ -72,8 +71,8 @@ class _TiledHead:
         Each may be overwritten, and is by the next.
         """
         tile_of = _products(self.hidden_NH, origin_N, self.width)
-        for start, part_WH in zip(count(0, self.width), torch.split(self.weight_VH, self.width), strict=False):
-            tile_WN = tile_of(part_WH)
+        for start in range(0, len(self.weight_VH), self.width):
+            tile_WN = tile_of(self.weight_VH[start : start + self.width])
             if self.bias_V is not None:
                 tile_WN += self.bias_V[start : start + self.width, None].to(self.dtype) * _BITS
             yield tile_WN
