@@ -1,21 +1,22 @@
 # ruff: noqa: N815 - shape suffixes on fields
 """`rows.row_stats` straight from hidden states: the head's rows (the vocabulary) a slice at a time, all tokens at once.
 
-A tile of logits is made, read and forgotten while it is in the processor's cache, and the head's weights are read once
-per block of tokens instead of once per chunk. Logits of a whole row never exist, so this serves losses whose gradient
-lives on the kept tokens alone. For CPUs: on a GPU hundreds of small kernels would take longer than the products.
+A slab of logits is made by one product, read a tile at a time and forgotten: a slab stays in the processor's outer
+cache, a tile in its inner one. The head's weights are read once per block of tokens instead of once per chunk. Logits
+of a whole row never exist, so this serves losses whose gradient lives on the kept tokens alone. For CPUs: on a GPU
+hundreds of small kernels would take longer than the products.
 
 Exponentials are summed relative to an origin that is known before the first tile: the largest of a few of the row's
 logits. Where another lies so far above it that a sum overflows, everything is done again from the true maximum.
 Logits of tiles are in bits, nats x log2(e): torch's exp2 takes 2.5 times less of a processor than its exp.
 
-Shape legend: N tokens of a block, H hidden width, V vocabulary, K kept tokens, W width of a tile.
+Shape legend: N tokens of a block, H hidden width, V vocabulary, K kept tokens, W width of a tile, S of a slab.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,8 +24,10 @@ from torch import Tensor
 
 from sdpo_core.fast.rows import RowStats
 
-TILE_ENTRIES = 1 << 17
-"""Logits of a tile: half a megabyte in float32."""
+TILE_ENTRIES = 1 << 18
+"""Logits of a tile: a megabyte in float32."""
+SLAB_TILES = 8
+"""Tiles of a product. More than one: what is called between two products finds its code and data out of the cache."""
 _LEAST_WIDTH = 256
 _FINITE = -1e30
 """Stands for -inf: as the maximum of logits that are all so, and where a product with probability 0 must be 0."""
@@ -50,7 +53,7 @@ def head_stats(
 
 @dataclass(frozen=True)
 class _TiledHead:
-    """The logits `weight hidden' + bias` of N tokens, of which only a tile exists at a time."""
+    """The logits `weight hidden' + bias` of N tokens, of which only a slab exists at a time."""
 
     hidden_NH: Tensor
     weight_VH: Tensor
@@ -65,17 +68,20 @@ class _TiledHead:
     def width(self) -> int:
         return min(len(self.weight_VH), max(_LEAST_WIDTH, TILE_ENTRIES // len(self.hidden_NH)))
 
-    def tiles(self, origin_N: Tensor) -> Iterator[Tensor]:
-        """(W, N) of one slice of the vocabulary after the other, in bits above the origin (in nats).
+    def read_tiles(self, origin_N: Tensor, read: Callable[[Tensor], object]) -> None:
+        """`read` (W, N) of one slice of the vocabulary after the other, in bits above the origin (in nats).
 
-        Each may be overwritten, and is by the next.
+        It may overwrite them. A slab is gone before the next is made, which then takes its place in the cache.
         """
-        tile_of = _products(self.hidden_NH, origin_N, self.width)
-        for start in range(0, len(self.weight_VH), self.width):
-            tile_WN = tile_of(self.weight_VH[start : start + self.width])
+        size = self.width * SLAB_TILES
+        slab_of = _products(self.hidden_NH, origin_N, size)
+        for start in range(0, len(self.weight_VH), size):
+            slab_SN = slab_of(self.weight_VH[start : start + size])
             if self.bias_V is not None:
-                tile_WN += self.bias_V[start : start + self.width, None].to(self.dtype) * _BITS
-            yield tile_WN
+                slab_SN += self.bias_V[start : start + size, None].to(self.dtype) * _BITS
+            for tile_WN in torch.split(slab_SN, self.width):
+                read(tile_WN)
+            del slab_SN, tile_WN
 
     def at(self, index_NL: Tensor) -> Tensor:
         """The logits of a few tokens of the vocabulary, (N, L)."""
@@ -86,8 +92,7 @@ class _TiledHead:
         """The largest logit of each row, (N,)."""
         zeros_N = self.hidden_NH.new_zeros(len(self.hidden_NH), dtype=self.dtype)
         top_N = zeros_N + _FINITE
-        for tile_WN in self.tiles(zeros_N):
-            top_N = torch.maximum(top_N, tile_WN.amax(0) / _BITS)
+        self.read_tiles(zeros_N, lambda tile_WN: torch.maximum(top_N, tile_WN.amax(0) / _BITS, out=top_N))
         return top_N
 
 
@@ -164,14 +169,18 @@ def _summed(head: _TiledHead, picks: _Picks, origin_N: Tensor) -> _Sums:
     tokens = len(origin_N)
     picked, rest_N, moment_N = (origin_N.new_zeros(size) for size in (len(picks.order), tokens, tokens))
     memory_WN = origin_N.new_empty(head.width, tokens)
-    of_tiles = (torch.split(values, picks.sizes) for values in (picks.places, picked))
-    for tile_WN, places, mine in zip(head.tiles(origin_N), *of_tiles, strict=True):
-        torch.index_select(tile_WN.view(-1), 0, places, out=mine)
+    of_tiles = zip(*(torch.split(values, picks.sizes) for values in (picks.places, picked)), strict=True)
+
+    def read(tile_WN: Tensor) -> None:
+        places, mine = next(of_tiles)
         exp_WN = torch.exp2(tile_WN, out=memory_WN[: len(tile_WN)])
+        torch.index_select(tile_WN.view(-1), 0, places, out=mine)
         if head.bias_V is not None:
             tile_WN.clamp_(min=_FINITE)  # a logit of -inf has weight 0 and counts as 0
-        moment_N += tile_WN.mul_(exp_WN).sum(0)
+        moment_N.add_(tile_WN.mul_(exp_WN).sum(0))
         exp_WN.view(-1).index_fill_(0, places, 0.0)
-        rest_N += exp_WN.sum(0)
+        rest_N.add_(exp_WN.sum(0))
+
+    head.read_tiles(origin_N, read)
     picked_NL = torch.empty_like(picked).index_copy_(0, picks.order, picked).view(tokens, -1)
     return _Sums(origin_N, picked_NL, rest_N, moment_N)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -19,8 +19,9 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 @pytest.fixture(autouse=True)
 def _narrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several tiles for a small vocabulary."""
+    """Several slabs of several tiles for a small vocabulary."""
     monkeypatch.setattr(tiles, "TILE_ENTRIES", 1)
+    monkeypatch.setattr(tiles, "SLAB_TILES", 2)
     monkeypatch.setattr(tiles, "_LEAST_WIDTH", 16)
 
 
@@ -57,13 +58,13 @@ def test_equals_whole_rows(n: int, v: int, k: int, seed: int) -> None:
 @pytest.mark.parametrize(("lowest", "readings"), [(-2.0, 1), (-40.0, 1), (-120.0, 3)])
 def test_float32_far_from_the_origin(monkeypatch: pytest.MonkeyPatch, lowest: float, readings: int) -> None:
     """Beyond e^88 sums overflow: then the largest logits are looked for and all is summed once more."""
-    made, tiles_of = [], tiles._TiledHead.tiles
+    made, read_tiles = [], tiles._TiledHead.read_tiles
 
-    def counted(head: tiles._TiledHead, origin_N: Tensor) -> Iterator[Tensor]:
+    def counted(head: tiles._TiledHead, origin_N: Tensor, read: Callable[[Tensor], None]) -> None:
         made.append(head)
-        return tiles_of(head, origin_N)
+        read_tiles(head, origin_N, read)
 
-    monkeypatch.setattr(tiles._TiledHead, "tiles", counted)
+    monkeypatch.setattr(tiles._TiledHead, "read_tiles", counted)
     hidden_NH, weight_VH, _, _, _ = inputs(5, 80, 7, dtype=torch.float32)
     index_NK, ids_N = torch.arange(7).expand(5, 7), torch.arange(5)  # the origin is one of the lowest
     compare((hidden_NH * 0.1, weight_VH, torch.linspace(lowest, -lowest, 80), index_NK, ids_N), 2e-5)
