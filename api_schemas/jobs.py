@@ -23,6 +23,8 @@ class StepPlan(Response):
     chunk_tokens: int | None = None
     """Response tokens whose logits existed at a time; null: by the size of the vocabulary."""
     checkpointing: bool = False
+    compiled: bool = False
+    """Whether the decoder layers ran through torch.compile (the worker's `--compile-layers`)."""
 
 
 class StepAudit(Response):
@@ -64,7 +66,8 @@ class StepMetrics(Response):
     path: Literal["plain", "fast"] | None = None
     """Which of the two ways of computing the same step was taken."""
     fallback_reason: str | None = None
-    """Why it was the plain one although the fast one was allowed."""
+    """Why it was the plain one although the fast one was allowed, or why the worker could not compile the layers as it
+    was told."""
     plan: StepPlan | None = None
     audit: StepAudit | None = None
 

@@ -71,10 +71,12 @@ class BarePolicy:
         return head_of(self._base)
 
     @torch.no_grad()
-    def hidden(self, batch: PackedBatch, *, adapter: bool, checkpointing: bool = False) -> Tensor:  # noqa: ARG002
+    def hidden(
+        self, batch: PackedBatch, *, adapter: bool, checkpointing: bool = False, compiled: bool = False  # noqa: ARG002
+    ) -> Tensor:  # fmt: skip
         """(N, H); nothing is kept for a backward pass, so there is nothing to checkpoint."""
         _refuse(adapter)
-        return hidden_states(self._base, batch)
+        return hidden_states(self._base, batch, compiled=compiled)
 
     def delta_hidden(self, batch: PackedBatch, deltas: Mapping[str, LowRank]) -> Tensor:  # noqa: ARG002
         raise _no_adapter()

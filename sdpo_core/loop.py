@@ -276,4 +276,5 @@ class _Run:
 
     def _plan(self) -> StepPlan:
         o = self.options
-        return StepPlan(o.micro_batch_tokens, o.chunk_tokens, o.checkpointing, len(self.shared.groups(self.route.path)))
+        groups, fast = len(self.shared.groups(self.route.path)), self.route.path.name == "fast"
+        return StepPlan(o.micro_batch_tokens, o.chunk_tokens, o.checkpointing, groups, o.compile_layers and fast)

@@ -112,13 +112,16 @@ class LoraPolicy:
     def head(self) -> Head:
         return head_of(self.model.get_base_model())
 
-    def hidden(self, batch: PackedBatch, *, adapter: bool, checkpointing: bool = False) -> Tensor:
+    def hidden(
+        self, batch: PackedBatch, *, adapter: bool, checkpointing: bool = False, compiled: bool = False
+    ) -> Tensor:
         """(N, H), see `fast.decoder.HiddenPolicy`."""
         self.check_attached()
         if adapter:
-            return hidden_states(self.model.get_base_model(), batch, checkpointing=checkpointing)
+            base = self.model.get_base_model()
+            return hidden_states(base, batch, checkpointing=checkpointing, compiled=compiled)
         with self._bare():
-            return hidden_states(self.model.get_base_model(), batch)
+            return hidden_states(self.model.get_base_model(), batch, compiled=compiled)
 
     def delta_hidden(self, batch: PackedBatch, deltas: Mapping[str, LowRank]) -> Tensor:
         """(N, H) of the base model plus `deltas`, one per adapted layer; the adapter itself is off. No gradient."""

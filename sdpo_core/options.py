@@ -92,6 +92,10 @@ class Options:
     """Response tokens whose logits exist at a time (fast path); None = by the size of the vocabulary."""
     checkpointing: bool = False
     """Keep each layer's input only and compute the rest again in the backward pass (fast path)."""
+    compile_layers: bool = False
+    """Run the decoder layers through torch.compile (fast path): for a GPU that will train much, since the first batch
+    takes a minute or so longer. Rounding differs from layers that run as they are, as a moving average's teacher does.
+    Where compiling fails, the batch goes on without, and `StepMetrics.fallback_reason` says why."""
 
     learning_rate: float = 1e-4
     """For models of billions of parameters; the demonstration model (a million) takes 7e-4."""

@@ -1,8 +1,9 @@
-"""Which path a batch takes, and what happens when memory runs out on it."""
+"""Which path a batch takes, and what happens when memory runs out on it or its layers cannot be compiled."""
 
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -11,6 +12,7 @@ import torch
 
 from sdpo_core.audit import AuditedPath
 from sdpo_core.ema import EmaTeacher
+from sdpo_core.fast.compiled import failed_to_compile
 from sdpo_core.fast.path import FastPath, obstacle
 from sdpo_core.fast.scores import LEAST_CHUNK
 from sdpo_core.options import Options
@@ -20,13 +22,15 @@ from sdpo_core.policy import Policy
 from sdpo_core.report import Audit
 from sdpo_core.samples import Sample
 
+log = logging.getLogger(__name__)
 R = TypeVar("R")
 _CPU_ALLOCATOR = "can't allocate memory"
 
 
 @dataclass
 class Route:
-    """The path of a batch. `path` is replaced by one that does less at a time when memory runs out."""
+    """The path of a batch. `path` is replaced by one that does less at a time when memory runs out, and by one without
+    compiled layers when they cannot be had."""
 
     path: Path
     fallback_reason: str
@@ -37,11 +41,21 @@ class Route:
             try:
                 return work(self.path)
             except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error) or (less := smaller(self.path, samples)) is None:
+                if (less := self._less(error, samples)) is None:
                     raise
             # Out of the handler, so that the failed attempt's frames, and their tensors, are gone.
             self.path = self.path.with_options(less)
             release_memory()
+
+    def _less(self, error: RuntimeError | MemoryError, samples: Sequence[Sample]) -> Options | None:
+        """What to go on with; None where the error says something else or nothing is left to try."""
+        if out_of_memory(error):
+            return smaller(self.path, samples)
+        if not (self.path.options.compile_layers and failed_to_compile(error)):
+            return None
+        self.fallback_reason = f"the layers cannot be compiled: {type(error).__name__}"
+        log.warning("%s; the batch goes on without: %s", self.fallback_reason, error)
+        return self.path.options.replace(compile_layers=False)
 
     def audit(self) -> Audit | None:
         return self.path.log.take() if isinstance(self.path, AuditedPath) else None

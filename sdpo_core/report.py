@@ -54,6 +54,8 @@ class StepPlan:
     chunk_tokens: int | None
     checkpointing: bool
     micro_batches: int
+    compiled: bool = False
+    """Whether the decoder layers ran through torch.compile."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class StepMetrics:
     """What became of the step: weights moved, the gap was already closed, or the gradient was not finite."""
     path: Literal["plain", "fast"] = "plain"
     fallback_reason: str = ""
-    """Why it was the plain path although the options allow the fast one."""
+    """Why it was not computed as the options ask: on the plain path, or without compiling the layers."""
     plan: StepPlan | None = None
     audit: Audit | None = None
     teacher_written: int = 0

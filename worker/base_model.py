@@ -34,6 +34,8 @@ class BaseModel:
 
     batch_tokens: int = 8192
     """Most tokens of one micro-batch."""
+    compile_layers: bool = False
+    """Whether the fast path's passes go through torch.compile."""
     ranks: Ranks = LONE
     """Who trains together with this process."""
     shape: ModelShape | None = None

@@ -136,7 +136,10 @@ def serve(arguments: argparse.Namespace, channel_socket: socket.socket) -> None:
         arguments.model, arguments.base_model, arguments.device, arguments.dtype, arguments.quantise, ranks
     )
     ranks.gathered(None)  # ready when all are
-    base = replace(base, batch_tokens=arguments.batch_tokens, warm=WarmVersions(arguments.warm_bytes))
+    base = replace(
+        base, batch_tokens=arguments.batch_tokens, compile_layers=arguments.compile_layers,
+        warm=WarmVersions(arguments.warm_bytes),
+    )  # fmt: skip
     channel = Channel(channel_socket)
     parameters = sum(p.numel() for p in base.module.parameters())
     channel.send(Ready(parameters=parameters, device=str(base.device)))
@@ -166,6 +169,7 @@ def main() -> None:
     flags.add_argument("--ranks", type=int, default=1)
     flags.add_argument("--store-fd", type=int)
     flags.add_argument("--shard", action="store_true")
+    flags.add_argument("--compile-layers", action="store_true")
     arguments = flags.parse_args()
     die_with(arguments.parent_pid)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)

@@ -34,7 +34,7 @@ LEAST_TOKENS = 256
 
 def planned(options: Options, base: BaseModel, samples: Sequence[Sample], rank: int) -> Options:
     """The options with the largest micro-batches that fit, with checkpointing only where nothing else does."""
-    options = options.replace(micro_batch_tokens=base.batch_tokens)
+    options = options.replace(micro_batch_tokens=base.batch_tokens, compile_layers=base.compile_layers)
     free = free_bytes(base.device)
     live = [s for s in samples if s.live]
     lengths = [s.student_length for s in live]

@@ -51,6 +51,9 @@ class WorkerSettings(BaseSettings):
     warm_bytes: Annotated[int, Field(ge=0)] = 2 * 2**30
     """Of main memory, for adapters with their optimizer state that were trained here of late: their next job reads no
     files. The longest unused goes first; 0: none."""
+    compile_layers: bool = False
+    """Run the decoder layers through torch.compile: for a GPU that will train much, since each new kind of pass takes
+    the first batch that has it a minute or so."""
     leases_at_once: Annotated[int, Field(ge=1, le=64)] = 1
     """Most jobs, of as many adapters, that are leased together: what they need of the frozen base is computed in one
     pass (worker.ahead), then each is trained in turn. None of them is at the service's disposal meanwhile."""
@@ -114,6 +117,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--quantise", choices=["none", "4bit"], help="4bit needs an NVIDIA GPU and bitsandbytes")
     flags.add_argument("--batch-tokens", type=int, help="padded tokens of one micro-batch: fewer take less memory")
     flags.add_argument("--warm-bytes", type=int, help="memory for adapters trained of late: 0 keeps none")
+    flags.add_argument("--compile-layers", action="store_true", help="decoder layers through torch.compile")
     flags.add_argument("--leases-at-once", type=int, help="jobs of as many adapters that share the base's passes")
     flags.add_argument("--preflight", choices=["refuse", "off"], help="off: start even if the plan does not fit")
     flags.add_argument("--threads", type=int, help="torch threads of the training process")

@@ -191,7 +191,8 @@ class TrainerProcess:
             "--store-fd": store,
         }
         words = [str(word) for flag, value in flags.items() if value is not None for word in (flag, value)]
-        return [sys.executable, "-m", "worker.child", *words, *(["--shard"] if s.shard else [])]
+        switches = {"--shard": s.shard, "--compile-layers": s.compile_layers}
+        return [sys.executable, "-m", "worker.child", *words, *(flag for flag, on in switches.items() if on)]
 
     async def _send(self, child: _Running, message: Train | Stop) -> None:
         try:

@@ -34,6 +34,8 @@ class Setting:
     gemm: int = 8192
     rows: int = 512
     repetitions: int = 3
+    compile_layers: bool = True
+    """Whether the step is measured with compiled layers as well."""
 
 
 def main() -> None:
@@ -48,14 +50,16 @@ def measured(setting: Setting) -> Figures:
     figures = {"gemm_tflops": gemm_rate(setting) / 1e12, "memory_tbs": memory_rate(setting) / 1e12}
     figures |= kernel_figures(setting, figures["memory_tbs"] * 1e12)
     case = build(setting.shape, device=setting.device, dtype=setting.dtype)
-    for steps in (1, 4):
-        figures |= step_figures(case, steps, figures["gemm_tflops"] * 1e12, setting)
+    for compiled in (False, True) if setting.compile_layers else (False,):
+        for steps in (1, 4):
+            found = step_figures(case, steps, figures["gemm_tflops"] * 1e12, setting, compiled=compiled)
+            figures |= {f"compiled_{name}" if compiled else name: value for name, value in found.items()}
     return figures
 
 
-def step_figures(case: Case, steps: int, gemm_rate: float, setting: Setting) -> Figures:
+def step_figures(case: Case, steps: int, gemm_rate: float, setting: Setting, *, compiled: bool = False) -> Figures:
     """One batch, the teacher's pass and the optimizer included; the first of its kind is not counted."""
-    options = FAST.replace(steps=steps, micro_batch_tokens=MICRO_BATCH_TOKENS)
+    options = FAST.replace(steps=steps, micro_batch_tokens=MICRO_BATCH_TOKENS, compile_layers=compiled)
 
     def run() -> None:
         case.reset()

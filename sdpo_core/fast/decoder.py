@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
+from sdpo_core.fast.compiled import compiled_layers
+from sdpo_core.fast.forwards import layers_of, replaced
 from sdpo_core.fast.last_layer import only_rows
 from sdpo_core.fast.lora_linear import fused_lora
 from sdpo_core.fast.packing import PackedBatch, attention_arguments, pack, packed_attention
@@ -36,9 +37,12 @@ class HiddenPolicy(Policy, Protocol):
 
     def head(self) -> Head: ...
 
-    def hidden(self, batch: PackedBatch, *, adapter: bool, checkpointing: bool = False) -> Tensor:
+    def hidden(
+        self, batch: PackedBatch, *, adapter: bool, checkpointing: bool = False, compiled: bool = False
+    ) -> Tensor:
         """What the head is applied to at the positions that predict the response tokens, (N, H). Without gradient
-        when `adapter` is off. `checkpointing`: keep each layer's input only and compute the rest again."""
+        when `adapter` is off. `checkpointing`: keep each layer's input only and compute the rest again. `compiled`: the
+        layers through torch.compile."""
         ...
 
     def delta_hidden(self, batch: PackedBatch, deltas: Mapping[str, LowRank]) -> Tensor:
@@ -62,10 +66,12 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     return decoder
 
 
-def hidden_states(model: PreTrainedModel, batch: PackedBatch, *, checkpointing: bool = False) -> Tensor:
-    """The decoder's output at `batch.predicts_N`, (N, H)."""
-    decoder = decoder_of(model)
-    with _fast_layers(model, batch), _checkpointed(model, batch, checkpointing):
+def hidden_states(
+    model: PreTrainedModel, batch: PackedBatch, *, checkpointing: bool = False, compiled: bool = False
+) -> Tensor:
+    """The decoder's output at `batch.predicts_N`, (N, H). See `HiddenPolicy.hidden`."""
+    decoder, fast = decoder_of(model), partial(_fast_layers, model, batch, compiled)
+    with fast(), _checkpointed(model, fast) if checkpointing else nullcontext():
         out = decoder(
             input_ids=batch.ids_P.unsqueeze(0), position_ids=batch.positions_P.unsqueeze(0), use_cache=False,
             **attention_arguments(batch),
@@ -75,25 +81,21 @@ def hidden_states(model: PreTrainedModel, batch: PackedBatch, *, checkpointing: 
 
 
 @contextmanager
-def _fast_layers(model: PreTrainedModel, batch: PackedBatch) -> Iterator[None]:
-    with packed_attention(model), fused_lora(model), only_rows(model, batch.predicts_N):
+def _fast_layers(model: PreTrainedModel, batch: PackedBatch, compiled: bool) -> Iterator[None]:
+    with (
+        packed_attention(model), fused_lora(model), only_rows(model, batch.predicts_N),
+        compiled_layers(model) if compiled else nullcontext(),
+    ):  # fmt: skip
         yield
 
 
-@contextmanager
-def _checkpointed(model: PreTrainedModel, batch: PackedBatch, wanted: bool) -> Iterator[None]:
-    """Transformers checkpoints layers that are in training mode; only the layers' own flag is set, so that nothing
-    inside them (dropout) changes its behaviour. What is computed again attends as it did the first time."""
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)] if wanted else []
-    again = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), _fast_layers(model, batch)))
-    for layer in layers:
-        layer.gradient_checkpointing, layer.training = True, True
-        layer._gradient_checkpointing_func = again
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.gradient_checkpointing, layer.training = False, False
+def _checkpointed(
+    model: PreTrainedModel, fast: Callable[[], AbstractContextManager[None]]
+) -> AbstractContextManager[None]:
+    """Keep each layer's input only for the length of a `with` block. What is computed again, much later, runs in
+    `fast()` as it did the first time. Nothing inside a layer (dropout) is told."""
+    again = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), fast()))
+    return replaced([(layer, partial(again, layer.forward)) for layer in layers_of(model)])
 
 
 @torch.no_grad()

@@ -9,37 +9,27 @@ Shape legend: P tokens of a packed row, N of them wanted, I inputs, O outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
+
+from sdpo_core.fast.forwards import layers_of, replaced
 
 _ROW_WISE = ("self_attn.q_proj", "self_attn.o_proj", "mlp")
 """Names within a layer. A model that has others computes all rows there; that these are row by row in a model is tried
 out with everything else (`decoder.obstacle_in`)."""
 
 
-@contextmanager
-def only_rows(model: PreTrainedModel, wanted_N: Tensor) -> Iterator[None]:
+def only_rows(model: PreTrainedModel, wanted_N: Tensor) -> AbstractContextManager[None]:
     """Compute these rows in the last layer's row-wise modules for the length of a `with` block."""
-    modules = _row_wise(model)
-    before = [(module, module.__dict__.get("forward")) for module in modules]
-    for module in modules:
-        module.forward = partial(_at_rows, module.forward, wanted_N)
-    try:
-        yield
-    finally:
-        for module, forward in before:
-            module.__dict__.pop("forward")
-            if forward is not None:
-                module.__dict__["forward"] = forward
+    return replaced([(module, partial(_at_rows, module.forward, wanted_N)) for module in _row_wise(model)])
 
 
 def _row_wise(model: PreTrainedModel) -> list[nn.Module]:
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    layers = layers_of(model)
     named = dict(layers[-1].named_modules()) if layers else {}
     return [named[name] for name in _ROW_WISE if name in named]
 

@@ -9,9 +9,8 @@ Shape legend: P tokens (leading dimensions are free), I inputs, O outputs, R ran
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import AbstractContextManager
+from types import MethodType
 from typing import Any
 
 import torch
@@ -19,6 +18,8 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+
+from sdpo_core.fast.forwards import replaced
 
 ADAPTER = "default"
 
@@ -49,17 +50,9 @@ class _Fused(torch.autograd.Function):
         return grad_x, None, None, grad_middle_PR.T @ flat_PI, (grad_PO.T @ middle_PR).mul_(ctx.scale), None
 
 
-@contextmanager
-def fused_lora(model: nn.Module) -> Iterator[None]:
+def fused_lora(model: nn.Module) -> AbstractContextManager[None]:
     """Run `model`'s LoRA layers fused for the length of a `with` block; where `_fits` says no, as they are."""
-    layers = [m for m in model.modules() if isinstance(m, LoraLinear) and _fits(m)]
-    for layer in layers:
-        layer.forward = partial(_forward, layer)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.__dict__.pop("forward", None)
+    return replaced([(m, MethodType(_forward, m)) for m in model.modules() if isinstance(m, LoraLinear) and _fits(m)])
 
 
 def _fits(layer: Any) -> bool:

@@ -80,7 +80,7 @@ def attention_arguments(batch: PackedBatch) -> dict[str, Any]:
     longest = max(end - start for start, end in zip(batch.starts, batch.ends, strict=True))
     return {
         "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest,
-        "sequence_ends": batch.ends,
+        "packed": batch,
     }  # fmt: skip
 
 
@@ -89,7 +89,7 @@ def packed_attention(model: PreTrainedModel) -> Iterator[None]:
     """Let `model` attend within packed sequences only, for the length of a `with` block.
 
     FlashAttention's variable-length kernel where it is installed and the model is on a GPU in half precision; else
-    `_per_sequence`, which leaves out everything outside the sequences' own triangles as well.
+    `per_sequence`, which leaves out everything outside the sequences' own triangles as well.
     """
     before = model.config._attn_implementation
     model.set_attn_implementation("flash_attention_2" if _flash(model) else PACKED)
@@ -104,14 +104,14 @@ def _flash(model: PreTrainedModel) -> bool:
     return model.device.type == "cuda" and half and is_flash_attn_2_available()
 
 
-def _per_sequence(
+def per_sequence(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    sequence_ends: tuple[int, ...],
+    packed: PackedBatch,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -121,7 +121,7 @@ def _per_sequence(
     if attention_mask is not None or softcap is not None or s_aux is not None:
         raise NotImplementedError("packed attention knows no mask, soft cap or sink")
     outputs, start = [], 0
-    for end in sequence_ends:
+    for end in packed.ends:
         q, k, v = (x[:, :, start:end] for x in (query, key, value))
         mask = _band(end - start, sliding_window, query.device)
         outputs.append(sdpa_attention_forward(module, q, k, v, mask, is_causal=mask is None, **others)[0])
@@ -138,4 +138,4 @@ def _band(length: int, window: int | None, device: torch.device) -> Tensor | Non
     return ((distance >= 0) & (distance < window))[None, None]
 
 
-AttentionInterface.register(PACKED, _per_sequence)
+AttentionInterface.register(PACKED, per_sequence)

@@ -53,6 +53,10 @@ class FastPath(Scorer):
         assert isinstance(self.policy, HiddenPolicy)  # noqa: S101 - `obstacle` was asked
         return self.policy
 
+    def _hidden(self, batch: PackedBatch, *, adapter: bool, checkpointing: bool = False) -> Tensor:
+        compiled = self.options.compile_layers
+        return self._model.hidden(batch, adapter=adapter, checkpointing=checkpointing, compiled=compiled)
+
     def groups(self, samples: Sequence[Sample]) -> list[list[int]]:
         return packed_groups([s.student_length for s in samples], self.options.micro_batch_tokens)
 
@@ -75,11 +79,11 @@ class FastPath(Scorer):
             assert self.ema is not None  # noqa: S101 - checked when made
             hidden_NH = self._model.delta_hidden(batch, self.ema.deltas)
         else:
-            hidden_NH = self._model.hidden(batch, adapter=self.options.teacher in ("previous", "live"))
+            hidden_NH = self._hidden(batch, adapter=self.options.teacher in ("previous", "live"))
         if self.options.teacher_mix == 0:
             return hidden_NH
         # The head is linear: mixed states give mixed logits.
-        return trust_region_logits(hidden_NH, self._model.hidden(batch, adapter=True), self.options.teacher_mix)
+        return trust_region_logits(hidden_NH, self._hidden(batch, adapter=True), self.options.teacher_mix)
 
     @torch.no_grad()
     def base(self, samples: Sequence[Sample]) -> list[BaseScore]:
@@ -96,7 +100,7 @@ class FastPath(Scorer):
         found: list[R] = []
         for rows in self.groups(samples):
             batch = self._packed([samples[r] for r in rows])
-            found += self._scored(batch, self._model.hidden(batch, adapter=adapter), keep)
+            found += self._scored(batch, self._hidden(batch, adapter=adapter), keep)
         return found
 
     def _packed(self, samples: Sequence[Sample]) -> PackedBatch:
@@ -109,7 +113,7 @@ class FastPath(Scorer):
 
     def backward(self, part: Part) -> TokenTerms:
         batch, head = self._packed(part.samples), self._model.head()
-        hidden_NH = self._model.hidden(batch, adapter=True, checkpointing=self.options.checkpointing)
+        hidden_NH = self._hidden(batch, adapter=True, checkpointing=self.options.checkpointing)
         terms, gradient_NH = loss_and_gradient(
             head, hidden_NH, batch.response_ids_N, joined(part.targets), self._inputs(part, batch, hidden_NH),
             self._loss_spec(), self.options.chunk_tokens or 0,

@@ -144,7 +144,7 @@ def _attend(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    sequence_ends: tuple[int, ...],
+    packed: PackedBatch,
     memory: _Memory,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -156,7 +156,7 @@ def _attend(
     if attention_mask is not None or sliding_window is not None or softcap is not None or s_aux is not None:
         raise NotImplementedError("attention behind a prefix knows no mask, window, soft cap or sink")
     outputs, start = [], 0
-    for row, end in enumerate(sequence_ends):
+    for row, end in enumerate(packed.ends):
         k, v = memory.joined(module.layer_idx, row, key[:, :, start:end], value[:, :, start:end])
         mask = _triangle(end - start, k.shape[2], query.device)
         attended = sdpa_attention_forward(

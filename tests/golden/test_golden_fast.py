@@ -114,8 +114,11 @@ def _fast_port(adapter: ModuleType, toy: Any) -> Any:
         def head(self) -> Head:
             return Head(torch.eye(self.toy.W.shape[-1]))
 
-        def hidden(self, batch: PackedBatch, *, adapter: bool, checkpointing: bool = False) -> Tensor:
+        def hidden(
+            self, batch: PackedBatch, *, adapter: bool, checkpointing: bool = False, compiled: bool = False
+        ) -> Tensor:
             assert not checkpointing
+            assert not compiled
             with torch.set_grad_enabled(adapter and torch.is_grad_enabled()):
                 rows = [
                     self.toy.logits(batch.ids_P[start:end].unsqueeze(0), adapter=adapter)[0]

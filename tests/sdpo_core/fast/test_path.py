@@ -276,6 +276,7 @@ def test_the_model_is_left_as_it_was() -> None:
     train_batch(policy, make_optimizer(policy, options), batch(), options)
     assert not any(m.training for m in base.modules())
     assert not any(getattr(m, "gradient_checkpointing", False) for m in base.modules())
+    assert not any("forward" in vars(m) for m in base.modules())
     detach(policy)
     assert base.config._attn_implementation == attention
     assert all(torch.equal(before[k], v) for k, v in base.state_dict().items())
@@ -294,8 +295,10 @@ def test_audit_reports_small_differences_and_trains_the_same() -> None:
 class Defective(LoraPolicy):
     """Hidden states that are off by a thousandth, as of a kernel that lost a term."""
 
-    def hidden(self, batch: PackedBatch, *, adapter: bool, checkpointing: bool = False) -> Tensor:
-        return super().hidden(batch, adapter=adapter, checkpointing=checkpointing) * 1.001
+    def hidden(
+        self, batch: PackedBatch, *, adapter: bool, checkpointing: bool = False, compiled: bool = False
+    ) -> Tensor:
+        return super().hidden(batch, adapter=adapter, checkpointing=checkpointing, compiled=compiled) * 1.001
 
 
 def test_audit_tells_a_defect() -> None:
@@ -312,10 +315,12 @@ class Cramped(LoraPolicy):
 
     most = 30
 
-    def hidden(self, batch: PackedBatch, *, adapter: bool, checkpointing: bool = False) -> Tensor:
+    def hidden(
+        self, batch: PackedBatch, *, adapter: bool, checkpointing: bool = False, compiled: bool = False
+    ) -> Tensor:
         if adapter and len(batch.ids_P) > self.most and not (checkpointing and len(batch.ends) == 1):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-        return super().hidden(batch, adapter=adapter, checkpointing=checkpointing)
+        return super().hidden(batch, adapter=adapter, checkpointing=checkpointing, compiled=compiled)
 
     def logits(self, batch: TokenBatch, *, adapter: bool) -> Tensor:
         if adapter and batch.ids_BN.numel() > self.most:
