@@ -45,4 +45,11 @@ FROM runtime AS worker-cpu
 COPY --from=build-cpu /opt/perennial /opt/perennial
 
 FROM runtime AS worker-cuda
+USER 0:0
+# Triton builds its own link to the driver with it, when it first runs a kernel.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
+USER 10001:10001
 COPY --from=build-cuda /opt/perennial /opt/perennial

@@ -12,7 +12,10 @@ Shape legend as in rows.py: N tokens, V vocabulary, K kept tokens, distinct with
 
 from __future__ import annotations
 
+import logging
+import subprocess
 from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -22,14 +25,29 @@ from torch import Tensor
 from sdpo_core.fast import rows as torch_rows
 from sdpo_core.fast.rows import RowStats
 
+log = logging.getLogger(__name__)
 _BLOCK_V = 4096
 _WARPS = 8
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
 def usable(logits: Tensor) -> bool:
-    """Whether the kernels take these logits: on an NVIDIA GPU, float32 or bfloat16, with triton installed."""
-    return logits.is_cuda and logits.dtype in _DTYPES and find_spec("triton") is not None
+    """Whether the kernels take these logits: on an NVIDIA GPU, float32 or bfloat16, with a triton that works."""
+    return logits.is_cuda and logits.dtype in _DTYPES and find_spec("triton") is not None and works()
+
+
+@cache
+def works() -> bool:
+    """Whether triton can build what it talks to the GPU with. It needs a C compiler for that, once; if not, the torch
+    versions run, and the log says why."""
+    from triton.runtime import driver
+
+    try:
+        _ = driver.active.utils
+    except (AssertionError, OSError, RuntimeError, subprocess.SubprocessError) as error:
+        log.warning("kernels of torch in the place of triton's: %s", error)
+        return False
+    return True
 
 
 @torch.no_grad()

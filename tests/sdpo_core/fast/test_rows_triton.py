@@ -35,6 +35,14 @@ def test_imports_without_triton() -> None:
     assert "function usable" in done.stdout, done.stderr
 
 
+def test_without_a_driver_the_torch_versions_run() -> None:
+    """As where there is no C compiler: a triton that cannot be used is no error."""
+    code = "import logging; logging.basicConfig(); from sdpo_core.fast import rows_triton as r; print(r.works())"
+    done = run("-c", code)
+    assert done.stdout == "False\n", done.stderr
+    assert "in the place of triton's" in done.stderr
+
+
 @pytest.mark.slow
 def test_compiles_for_a_hopper_gpu(tmp_path: Path) -> None:
     """To machine code, which needs no GPU."""
