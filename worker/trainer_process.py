@@ -267,9 +267,11 @@ class TrainerProcess:
 
 
 def _environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The child's environment: no service token, no telemetry or downloads, deterministic CUDA matrix products."""
+    """The child's environment: no service token, no telemetry or downloads, deterministic CUDA matrix products, no
+    processes beside it that compile."""
     kept = {name: value for name, value in environment.items() if name not in SECRETS}
-    return kept | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    own = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    return kept | own | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 
 
 def _epitaph(returncode: int, unwanted: bool) -> str:

@@ -1,4 +1,4 @@
-"""`make bench`: the whole comparison on one thread, about twelve minutes; `--gpu`: an 8B shape on a GPU.
+"""`make bench`: the whole comparison on one thread, about fourteen minutes; `--gpu`: an 8B shape on a GPU.
 
 Writes build/reports/bench.json, prints the tables of docs/speed.md, draws docs/speed.svg and docs/audit.svg. CPU
 seconds, not wall seconds; the variants take turns and ratios are of pairs, so a machine that others use as well does
