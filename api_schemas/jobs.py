@@ -24,7 +24,8 @@ class StepPlan(Response):
     """Response tokens whose logits existed at a time; null: by the size of the vocabulary."""
     checkpointing: bool = False
     compiled: bool = False
-    """Whether the decoder layers ran through torch.compile (the worker's `--compile-layers`)."""
+    """Whether the decoder layers of the step's own passes ran through torch.compile (`--compile-layers` of the
+    worker)."""
 
 
 class StepAudit(Response):

@@ -32,7 +32,7 @@ def teacher_targets(
     _refuse_live(options)
     route = choose(policy, options, ema)
     live = [s for s in samples if s.live]
-    found = iter(route.within_memory(lambda path: path.targets(live), live) if live else [])
+    found = iter(route.tried(lambda path: path.targets(live), live) if live else [])
     keys = target_keys(policy, samples, options, ema)
     empty = torch.empty(0, device=policy.device)
     return [TeacherTarget(next(found) if s.live else Target(empty), k) for s, k in zip(samples, keys, strict=True)]
@@ -70,7 +70,7 @@ def anchor_scores(policy: Policy, samples: Sequence[Sample], options: Options) -
     samples = taught_parts(policy, samples, options)
     route = choose(policy, options.replace(teacher="base", teacher_mix=0.0), None)
     live = [s for s in samples if s.live]
-    found = iter(route.within_memory(lambda path: path.base(live), live) if live else [])
+    found = iter(route.tried(lambda path: path.base(live), live) if live else [])
     empty = torch.empty(0, device=policy.device)
     nothing = BaseScore(empty, Target(empty))
     keys = anchor_keys(policy, samples)

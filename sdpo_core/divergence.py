@@ -70,27 +70,29 @@ class Target:
 
 
 def log_probs(logits: Tensor) -> Tensor:
-    """Float32 log-softmax over the last dimension, bounded below by LOGP_FLOOR. Gradients keep the input's dtype.
-
-    Not by torch's log_softmax: on a CPU its sum over 152k entries is off by 3e-6 to 6e-6, and each ratio with it.
-    """
-    logits = logits.float()
-    return (logits - torch.logsumexp(logits, dim=-1, keepdim=True)).clamp(min=LOGP_FLOOR)
+    """Float32 log-softmax over the last dimension, bounded below by LOGP_FLOOR. Gradients keep the input's dtype."""
+    return scores(logits).logp
 
 
 @dataclass(frozen=True)
 class Scores:
-    """A model's logits (..., V), float32, and their log-probs. Renormalising over K tokens starts from the logits: from
-    the log-probs it would send rounding noise into the other tokens' gradients, which Adam then scales up to steps."""
+    """A model's logits (..., V), float32, counted from the row's largest, and their log-probs. Renormalising over K
+    tokens starts from the logits: from the log-probs it would send rounding noise into the other tokens' gradients,
+    which Adam then scales up to steps."""
 
     logits: Tensor
     logp: Tensor
 
 
 def scores(logits_V: Tensor) -> Scores:
-    """Logits of any float dtype (..., V) as `Scores`."""
+    """Logits of any float dtype (..., V) as `Scores`.
+
+    Not by torch's log_softmax: on a CPU it adds up 152k exponentials one after the other, in float32, and is off by
+    some 1e-5, each ratio with it.
+    """
     logits = logits_V.float()
-    return Scores(logits, log_probs(logits))
+    logits = logits - logits.detach().amax(dim=-1, keepdim=True)
+    return Scores(logits, (logits - torch.logsumexp(logits, dim=-1, keepdim=True)).clamp(min=LOGP_FLOOR))
 
 
 def token_log_probs(logp_V: Tensor, ids: Tensor) -> Tensor:

@@ -168,7 +168,7 @@ class _Run:
         started = time.perf_counter()
         if self.options.teacher == "live" and self.history and self.history[-1].outcome == "updated":
             self.targets = self.shared.targets()
-        sums = total(self.ranks.gathered(self.shared.within_memory(self._accumulate, self.shared.own)))
+        sums = total(self.ranks.gathered(self.shared.tried(self._accumulate, self.shared.own)))
         parameters = [p for _, p in self.policy.trainable()]
         self.ranks.sum_gradients(parameters)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.options.max_grad_norm))

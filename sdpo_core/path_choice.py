@@ -12,7 +12,7 @@ import torch
 
 from sdpo_core.audit import AuditedPath
 from sdpo_core.ema import EmaTeacher
-from sdpo_core.fast.compiled import failed_to_compile
+from sdpo_core.fast.compiled import why_not_compiled
 from sdpo_core.fast.path import FastPath, obstacle
 from sdpo_core.fast.scores import LEAST_CHUNK
 from sdpo_core.options import Options
@@ -35,26 +35,27 @@ class Route:
     path: Path
     fallback_reason: str
 
-    def within_memory(self, work: Callable[[Path], R], samples: Sequence[Sample]) -> R:
-        """`work(path)`, again with less at a time for as long as memory runs out and there is less to try."""
+    def tried(self, work: Callable[[Path], R], samples: Sequence[Sample]) -> R:
+        """`work(path)`, and again on another path for as long as there is `_another` to try."""
         while True:
             try:
                 return work(self.path)
-            except (RuntimeError, MemoryError) as error:
-                if (less := self._less(error, samples)) is None:
+            except Exception as error:
+                if (options := self._another(error, samples)) is None:
                     raise
             # Out of the handler, so that the failed attempt's frames, and their tensors, are gone.
-            self.path = self.path.with_options(less)
+            self.path = self.path.with_options(options)
             release_memory()
 
-    def _less(self, error: RuntimeError | MemoryError, samples: Sequence[Sample]) -> Options | None:
-        """What to go on with; None where the error says something else or nothing is left to try."""
+    def _another(self, error: Exception, samples: Sequence[Sample]) -> Options | None:
+        """What to go on with: less at a time when memory ran out, layers as they are when they cannot be compiled.
+        None where the error says something else or nothing is left to try."""
         if out_of_memory(error):
             return smaller(self.path, samples)
-        if not (self.path.options.compile_layers and failed_to_compile(error)):
+        if not (self.path.options.compile_layers and (reason := why_not_compiled(error))):
             return None
-        self.fallback_reason = f"the layers cannot be compiled: {type(error).__name__}"
-        log.warning("%s; the batch goes on without: %s", self.fallback_reason, error)
+        log.warning("%s; the batch goes on without: %s", reason, error)
+        self.fallback_reason = reason
         return self.path.options.replace(compile_layers=False)
 
     def audit(self) -> Audit | None:

@@ -55,7 +55,7 @@ class StepPlan:
     checkpointing: bool
     micro_batches: int
     compiled: bool = False
-    """Whether the decoder layers ran through torch.compile."""
+    """Whether the decoder layers of the step's own passes ran through torch.compile."""
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ class SharedScorer:
     def _scored(self, samples: Sequence[Sample], work: Callable[[Path, list[Sample]], list[R]]) -> list[R]:
         rows = list(range(len(samples))) if self.ranks.lockstep else self.rows
         own = [samples[r] for r in rows]
-        found = self.within_memory(lambda path: work(path, own), own) if own else []
+        found = self.tried(lambda path: work(path, own), own) if own else []
         if self.ranks.lockstep:
             return found
         return merged(self.ranks, dict(zip(rows, found, strict=True)), self.route.path.policy.device)
@@ -59,9 +59,9 @@ class SharedScorer:
     def own(self) -> list[Sample]:
         return [self.live[r] for r in self.rows]
 
-    def within_memory(self, work: Callable[[Path], R], samples: Sequence[Sample]) -> R:
-        """See `Route`. In lockstep nothing is tried again: the others would not come along."""
-        return work(self.route.path) if self.ranks.lockstep else self.route.within_memory(work, samples)
+    def tried(self, work: Callable[[Path], R], samples: Sequence[Sample]) -> R:
+        """See `Route.tried`. In lockstep nothing is tried again: the others would not come along."""
+        return work(self.route.path) if self.ranks.lockstep else self.route.tried(work, samples)
 
     def groups(self, path: Path) -> list[list[int]]:
         """This rank's micro-batches: row numbers of the whole batch."""

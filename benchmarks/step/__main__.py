@@ -11,7 +11,7 @@ import argparse
 import os
 import time
 
-from benchmarks.step import audit, gpu, layers, parts, report
+from benchmarks.step import audit, compiled_layers, gpu, parts, report
 from benchmarks.step.measure import Json, Ratios, compare, cpu_seconds, in_turn, one_thread, peak_in_child
 from benchmarks.step.shapes import SHAPES, TINY, build
 from benchmarks.step.variants import VARIANTS
@@ -85,7 +85,7 @@ def main() -> None:
     if not asked.steps_only:
         loss, grown, audit_rows = loss_rows(asked.repetitions), scaling(), audit.audited()
         audit.plot(audit_rows)
-        figures |= {"loss": loss, "scaling": grown, "audit": audit_rows, "compiled layers": layers.compiled_row()}
+        figures |= {"loss": loss, "scaling": grown, "audit": audit_rows, "compiled layers": compiled_layers.measured()}
         print(figures["compiled layers"])
     report.write({**figures, "wall_seconds": time.perf_counter() - started})
     print("\n\n".join((report.table(steps), report.loss_table(loss), report.scaling_table(grown))))

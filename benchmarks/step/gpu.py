@@ -63,7 +63,8 @@ def step_figures(case: Case, steps: int, gemm_rate: float, setting: Setting, *, 
 
     def run() -> None:
         case.reset()
-        train_batch(case.policy, make_optimizer(case.policy, options), case.samples, options)
+        found = train_batch(case.policy, make_optimizer(case.policy, options), case.samples, options).steps
+        assert all(s.plan is not None and s.plan.compiled == compiled for s in found), found[0].fallback_reason
 
     run()
     if setting.device == "cuda":

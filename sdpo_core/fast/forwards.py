@@ -17,13 +17,13 @@ Forwards = Sequence[tuple[nn.Module, Callable[..., Any]]]
 def replaced(forwards: Forwards) -> Iterator[None]:
     """Let each module run its partner for the length of a `with` block. Blocks may be nested."""
     before = [(module, module.__dict__.get("forward")) for module, _ in forwards]
-    for module, other in forwards:
-        module.forward = other
     try:
+        for module, other in forwards:
+            module.forward = other
         yield
     finally:
         for module, forward in before:
-            del module.__dict__["forward"]
+            module.__dict__.pop("forward", None)
             if forward is not None:
                 module.__dict__["forward"] = forward
 

@@ -104,6 +104,7 @@ def _flash(model: PreTrainedModel) -> bool:
     return model.device.type == "cuda" and half and is_flash_attn_2_available()
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def per_sequence(
     module: nn.Module,
     query: Tensor,

@@ -13,7 +13,6 @@ Shape legend as in rows.py: N tokens, V vocabulary, K kept tokens, distinct with
 from __future__ import annotations
 
 import logging
-import subprocess
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
@@ -38,14 +37,14 @@ def usable(logits: Tensor) -> bool:
 
 @cache
 def works() -> bool:
-    """Whether triton can build what it talks to the GPU with. It needs a C compiler for that, once; if not, the torch
-    versions run, and the log says why."""
-    from triton.runtime import driver
-
+    """Whether triton can build and load what it talks to the GPU with. It needs a C compiler for that, once; if not,
+    the torch versions run, and the log says why."""
     try:
+        from triton.runtime import driver
+
         _ = driver.active.utils
-    except (AssertionError, OSError, RuntimeError, subprocess.SubprocessError) as error:
-        log.warning("kernels of torch in the place of triton's: %s", error)
+    except Exception as error:
+        log.warning("kernels of torch in the place of triton's: %s: %s", type(error).__name__, error)
         return False
     return True
 

@@ -1,10 +1,10 @@
 # ruff: noqa: N815 - shape suffixes on fields
 """`rows.row_stats` straight from hidden states: the head's rows (the vocabulary) a slice at a time, all tokens at once.
 
-A slab of logits is made by one product, read a tile at a time and forgotten: a slab stays in the processor's outer
-cache, a tile in its inner one. The head's weights are read once per block of tokens instead of once per chunk. Logits
-of a whole row never exist, so this serves losses whose gradient lives on the kept tokens alone. For CPUs: on a GPU
-hundreds of small kernels would take longer than the products.
+A slab of logits is made by one product, read a tile at a time and forgotten, all in the processor's caches. The head's
+weights are read once per block of tokens instead of once per chunk. Logits of a whole row never exist, so this serves
+losses whose gradient lives on the kept tokens alone. For CPUs: on a GPU hundreds of small kernels would take longer
+than the products.
 
 Exponentials are summed relative to an origin that is known before the first tile: the largest of a few of the row's
 logits. Where another lies so far above it that a sum overflows, everything is done again from the true maximum.
@@ -73,7 +73,7 @@ class _TiledHead:
 
         It may overwrite them. A slab is gone before the next is made, which then takes its place in the cache.
         """
-        size = self.width * SLAB_TILES
+        size = min(self.width * SLAB_TILES, len(self.weight_VH))
         slab_of = _products(self.hidden_NH, origin_N, size)
         for start in range(0, len(self.weight_VH), size):
             slab_SN = slab_of(self.weight_VH[start : start + size])
@@ -169,7 +169,7 @@ def _summed(head: _TiledHead, picks: _Picks, origin_N: Tensor) -> _Sums:
     tokens = len(origin_N)
     picked, rest_N, moment_N = (origin_N.new_zeros(size) for size in (len(picks.order), tokens, tokens))
     memory_WN = origin_N.new_empty(head.width, tokens)
-    of_tiles = zip(*(torch.split(values, picks.sizes) for values in (picks.places, picked)), strict=True)
+    of_tiles = zip(torch.split(picks.places, picks.sizes), torch.split(picked, picks.sizes), strict=True)
 
     def read(tile_WN: Tensor) -> None:
         places, mine = next(of_tiles)
@@ -182,5 +182,6 @@ def _summed(head: _TiledHead, picks: _Picks, origin_N: Tensor) -> _Sums:
         rest_N.add_(exp_WN.sum(0))
 
     head.read_tiles(origin_N, read)
+    assert next(of_tiles, None) is None  # noqa: S101 - every tile was read
     picked_NL = torch.empty_like(picked).index_copy_(0, picks.order, picked).view(tokens, -1)
     return _Sums(origin_N, picked_NL, rest_N, moment_N)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.step import audit, exact, gpu, layers, parts, report
+from benchmarks.step import audit, compiled_layers, exact, gpu, parts, report
 from benchmarks.step.measure import compare, peak_above
 from benchmarks.step.shapes import OPTIONS, QWEN3_8B, TINY, P, build
 from sdpo_core.scoring import Scorer
@@ -76,19 +76,22 @@ def test_scaling_measures_every_size() -> None:
     assert all(len(by_size) == 3 and min(by_size.values()) > 0 for by_size in found.values())
 
 
-def test_gpu_mode_on_a_cpu() -> None:
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings("default")  # torch.compile has warnings of its own
+def test_gpu_mode_on_a_cpu(compiled: bool) -> None:
     """The same code in float32 on a tiny shape; kernels fall back to torch, so their error is rounding."""
-    setting = gpu.Setting(TINY, "cpu", torch.float32, gemm=64, rows=4, repetitions=1, compile_layers=False)
+    setting = gpu.Setting(TINY, "cpu", torch.float32, gemm=64, rows=4, repetitions=1, compile_layers=compiled)
     figures = gpu.measured(setting)
     assert figures["row_stats_error"] < 1e-4
     assert figures["row_grad_error"] < 1e-5
     assert all(figures[f"{name}_{steps}"] > 0 for name in ("step_seconds", "mfu") for steps in (1, 4))
+    assert ("compiled_mfu_4" in figures) == compiled
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # torch.compile has warnings of its own
 def test_compiled_layers_give_the_same_gradient() -> None:
-    row = layers.compiled_row(TINY, 1)
+    row = compiled_layers.measured(TINY, 1)
     assert 0.0 < float(str(row["gradient_difference"])) < 1e-5
     assert float(str(row["first_batch_wall_seconds"])) > 0
 

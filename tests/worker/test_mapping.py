@@ -13,7 +13,7 @@ STEP = StepMetrics(
     step=1, loss=0.5, distill_loss=0.5, anchor_loss=math.nan, previous_anchor_loss=math.nan, gap=0.2, base_kl=math.nan,
     peak_gap=1.0, mean_ratio=1.0, max_ratio=1.5, clip_fraction=0.0, entropy=2.0, grad_norm=0.3, learning_rate=1e-4,
     response_tokens=9, seconds=0.1, outcome="updated", path="fast",
-    plan=StepPlan(micro_batch_tokens=512, chunk_tokens=None, checkpointing=True, micro_batches=3),
+    plan=StepPlan(micro_batch_tokens=512, chunk_tokens=None, checkpointing=True, micro_batches=3, compiled=True),
     audit=Audit(loss=1e-7, tokens=math.nan, gradient=2e-6, teacher=0.0),
 )  # fmt: skip
 
@@ -23,6 +23,7 @@ def test_path_plan_and_audit_arrive() -> None:
     assert (wire.path, wire.fallback_reason, wire.outcome) == ("fast", None, "updated")
     assert wire.plan is not None
     assert (wire.plan.micro_batch_tokens, wire.plan.micro_batches, wire.plan.checkpointing) == (512, 3, True)
+    assert wire.plan.compiled
     assert wire.audit is not None
     assert (wire.audit.gradient, wire.audit.tokens) == (2e-6, None)
     assert wire.base_kl is None

@@ -38,8 +38,8 @@ def test_a_base_is_sharded_over_several_ranks_and_not_quantised(monkeypatch: pyt
         from_flags([*FLAGS, "--shard", "--ranks", "2", "--quantise", "4bit"])
     with pytest.raises(ValueError, match="leases_at_once"):
         from_flags([*FLAGS, "--ranks", "2", "--leases-at-once", "2"])
-    settings = from_flags([*FLAGS, "--shard", "--ranks", "2"])
-    assert (settings.ranks, settings.shard) == (2, True)
+    settings = from_flags([*FLAGS, "--shard", "--ranks", "2", "--compile-layers"])
+    assert (settings.ranks, settings.shard, settings.compile_layers) == (2, True, True)
 
 
 @pytest.mark.parametrize("given", [{}, {"PERENNIAL_WORKER_TOKEN": "t", "PERENNIAL_WORKER_TOKEN_FILE": "/f"}])

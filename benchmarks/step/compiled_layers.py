@@ -1,6 +1,6 @@
 """What torch.compile of the decoder layers gains and costs: the fast path on P with them compiled and as they are.
 
-`python -m benchmarks.step.layers`, a minute and a half on one thread."""
+`python -m benchmarks.step.compiled_layers`, a minute and a half on one thread."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ from benchmarks.step.measure import Json, Ratios, in_turn, one_thread
 from benchmarks.step.shapes import P, Shape, build
 from benchmarks.step.variants import FAST
 from sdpo_core import make_optimizer, train_batch
+from sdpo_core.fast import compiled
 
 
-def compiled_row(shape: Shape = P, repetitions: int = 7) -> Json:
+def measured(shape: Shape = P, repetitions: int = 7) -> Json:
     """CPU seconds of a step, ratio to the layers as they are, wall seconds of the first batch, gradient difference."""
     case, gradients = build(shape), {}
+    compiled.forget()
 
-    def run(compiled: bool) -> None:
-        options = FAST.replace(steps=1, compile_layers=compiled)
+    def run(compile_layers: bool) -> None:
+        options = FAST.replace(steps=1, compile_layers=compile_layers)
         case.reset()
         (step,) = train_batch(case.policy, make_optimizer(case.policy, options), case.samples, options).steps
         assert step.plan is not None
-        assert step.plan.compiled == compiled, step.fallback_reason
-        gradients[compiled] = case.gradient()
+        assert step.plan.compiled == compile_layers, step.fallback_reason
+        gradients[compile_layers] = case.gradient()
 
     started = time.perf_counter()
     run(True)
@@ -42,4 +44,4 @@ def compiled_row(shape: Shape = P, repetitions: int = 7) -> Json:
 
 if __name__ == "__main__":
     one_thread()
-    print(compiled_row())
+    print(measured())

@@ -1,4 +1,4 @@
-"""The Triton kernels compiled to machine code for a Hopper GPU, without one: `python -m benchmarks.step.compiled`.
+"""The Triton kernels compiled to machine code for a Hopper GPU, without one: `python -m benchmarks.step.machine_code`.
 
 Prints what decides their speed: exponentials in the loop over the vocabulary (the special-function units give about as
 many per second as the memory gives bf16 logits), and bytes spilled to local memory.
