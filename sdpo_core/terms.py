@@ -93,8 +93,7 @@ def token_terms(
     """
     on_BT = mask_BT.bool()
     on_BT1 = on_BT.unsqueeze(-1)
-    logits = torch.where(on_BT1, student_logits_BTV, torch.zeros_like(student_logits_BTV))
-    student = dv.scores(logits)
+    student = dv.scores(torch.where(on_BT1, student_logits_BTV, torch.zeros_like(student_logits_BTV)))
     target = clean(target, on_BT)
     divergence = dv.token_divergence(student, target, response_ids_BT, spec)
     view = StudentView(
