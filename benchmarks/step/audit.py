@@ -12,7 +12,6 @@ from matplotlib import pyplot as plt
 from benchmarks.step.measure import ROOT, Json
 from benchmarks.step.shapes import TINY, build
 from benchmarks.step.variants import FAST
-from sdpo_core import make_optimizer, train_batch
 
 PLOT = ROOT / "docs" / "audit.svg"
 SHAPE = TINY.scaled(hidden=128, vocabulary=8_000, prompt=24, response=40)
@@ -29,8 +28,7 @@ def audited(steps: int = 8) -> list[Json]:
     rows: list[Json] = []
     for outside in ("renormalise", "tail"):
         case, options = build(SHAPE), FAST.replace(steps=steps, outside=outside, audit=True, micro_batch_tokens=128)
-        result = train_batch(case.policy, make_optimizer(case.policy, options), case.samples, options)
-        for metrics in result.steps:
+        for metrics in case.train(options).steps:
             assert metrics.audit is not None
             rows.append({"outside": outside, "step": metrics.step, **vars(metrics.audit)})
     return rows

@@ -9,7 +9,6 @@ import time
 from benchmarks.step.measure import Json, Ratios, in_turn, one_thread
 from benchmarks.step.shapes import P, Shape, build
 from benchmarks.step.variants import FAST
-from sdpo_core import make_optimizer, train_batch
 from sdpo_core.fast import compiled
 
 
@@ -19,11 +18,8 @@ def measured(shape: Shape = P, repetitions: int = 7) -> Json:
     compiled.forget()
 
     def run(compile_layers: bool) -> None:
-        options = FAST.replace(steps=1, compile_layers=compile_layers)
         case.reset()
-        (step,) = train_batch(case.policy, make_optimizer(case.policy, options), case.samples, options).steps
-        assert step.plan is not None
-        assert step.plan.compiled == compile_layers, step.fallback_reason
+        case.train(FAST.replace(steps=1, compile_layers=compile_layers))
         gradients[compile_layers] = case.gradient()
 
     started = time.perf_counter()

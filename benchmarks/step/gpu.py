@@ -17,7 +17,6 @@ from torch import Tensor
 
 from benchmarks.step.shapes import QWEN3_8B, Case, Shape, build
 from benchmarks.step.variants import FAST
-from sdpo_core import make_optimizer, train_batch
 from sdpo_core.fast import rows, rows_triton
 
 MICRO_BATCH_TOKENS = 2048
@@ -63,8 +62,7 @@ def step_figures(case: Case, steps: int, gemm_rate: float, setting: Setting, *, 
 
     def run() -> None:
         case.reset()
-        found = train_batch(case.policy, make_optimizer(case.policy, options), case.samples, options).steps
-        assert all(s.plan is not None and s.plan.compiled == compiled for s in found), found[0].fallback_reason
+        case.train(options)
 
     run()
     if setting.device == "cuda":

@@ -12,7 +12,7 @@ from benchmarks.step.baseline import Frozen, sample_loss
 from benchmarks.step.measure import cpu_seconds, in_turn
 from benchmarks.step.shapes import OPTIONS, RANK, Case, S, build
 from benchmarks.step.variants import FAST
-from sdpo_core import LoraSpec, attached, make_optimizer, train_batch
+from sdpo_core import LoraSpec, attached
 from sdpo_core.divergence import Target
 from sdpo_core.fast.head import LossSpec, RowInputs, kept_gradient, loss_and_gradient
 from sdpo_core.fast.scores import Head
@@ -85,8 +85,7 @@ def vocabulary_scaling(
 
 
 def _train(case: Case) -> None:
-    options = FAST.replace(steps=1)
-    train_batch(case.policy, make_optimizer(case.policy, options), case.samples, options)
+    case.train(FAST.replace(steps=1))
 
 
 def _least(tasks: dict[int, Callable[[], object]], repetitions: int) -> dict[int, float]:

@@ -8,15 +8,27 @@ long again as the student's, as in its figures for the H200.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from sdpo_core import LoraPolicy, LoraSpec, Options, Sample, attach_lora
+from sdpo_core import (
+    BatchResult,
+    LoraPolicy,
+    LoraSpec,
+    Options,
+    Sample,
+    TeacherTarget,
+    attach_lora,
+    make_optimizer,
+    train_batch,
+)
 from sdpo_core.scoring import Scorer
 
+Targets = Sequence[TeacherTarget] | None
 RANK = 32
 SEED = 20
 HEAD_SCALE = 10.0
@@ -96,6 +108,16 @@ class Case:
         for (_, parameter), value in zip(self.policy.trainable(), self.start, strict=True):
             parameter.copy_(value)
             parameter.grad = None
+
+    def train(self, options: Options, targets: Targets = None) -> BatchResult:
+        """The batch, with a new optimizer; layers were compiled if and only if the options say so."""
+        result = train_batch(
+            self.policy, make_optimizer(self.policy, options), self.samples, options, targets=targets
+        )  # fmt: skip
+        for step in result.steps:
+            assert step.plan is not None
+            assert step.plan.compiled == options.compile_layers, step.fallback_reason
+        return result
 
     def gradient(self) -> Tensor:
         """The adapter's gradients as one vector, in float64: those of the last step."""

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from benchmarks.step.baseline import baseline_batch
-from benchmarks.step.shapes import OPTIONS, Case
-from sdpo_core import make_optimizer, teacher_targets, train_batch
-from sdpo_core.identity import TeacherTarget
+from benchmarks.step.shapes import OPTIONS, Case, Targets
+from sdpo_core import teacher_targets
 from sdpo_core.options import Options
-
-Targets = Sequence[TeacherTarget] | None
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,7 @@ def _baseline(case: Case, steps: int, _: Targets) -> None:
 def _library(options: Options) -> Callable[[Case, int, Targets], None]:
     def run(case: Case, steps: int, targets: Targets) -> None:
         chosen = options.replace(steps=steps)
-        result = train_batch(case.policy, make_optimizer(case.policy, chosen), case.samples, chosen, targets=targets)
+        result = case.train(chosen, targets)
         assert {m.path for m in result.steps} == {options.path}
         assert result.updates == steps
 
